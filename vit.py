@@ -1,0 +1,518 @@
+"""The Vision Transformer, from the patch to the logits.
+
+*An Image Is Worth 16x16 Words: Transformers for Image Recognition at Scale*
+(Dosovitskiy et al., ICLR 2021, arXiv 2010.11929). Equation numbers (1)-(8) are the paper's.
+
+Read this file from top to bottom: it has the paper's order.
+
+    patches         an image becomes a sequence                      eq. 1
+    positions       what tells the tokens where they are             eq. 1, section 3.2
+    attention       every token looks at every other                 eq. 5-8
+    encoder block   attention and MLP, each beside a residual        eq. 2, 3
+    ViT             the whole model, and its heads                   eq. 1-4
+    variants        Ti, S, B, L, H as in table 1
+    looking inside  attention distance, rollout, similar positions   figures 6, 7
+    weights         loading them, whatever the image size
+
+Letters in the shapes at the end of a line:
+    B images   C channels   H, W pixels   P patch size   N patches   D width   k heads   D_h = D / k
+T is the number of tokens: N, and one more for the class token.
+
+Parameters carry timm's names, so that most public checkpoints load as they are.
+"""
+
+import difflib
+import math
+import pickle
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+# ---------------------------------------------------------------------------------------------
+# Patches
+# ---------------------------------------------------------------------------------------------
+
+
+def patch_grid(height, width, patch_size):
+    """Rows and columns of the patch grid; N = rows * columns = HW / P².
+
+    Raises ValueError if the patch size does not divide the height and the width.
+    """
+    if height % patch_size or width % patch_size:
+        near = [max(1, round(side / patch_size)) * patch_size for side in (height, width)]
+        raise ValueError(
+            f"image size {height}x{width} is not a multiple of the patch size {patch_size}; "
+            f"use {near[0]}x{near[1]}, or another patch size"
+        )
+    return height // patch_size, width // patch_size
+
+
+def patchify(images, patch_size):
+    """Cut images into the sequence of flattened patches x_p (ViT, section 3.1).
+
+    images (B, C, H, W) -> (B, N, P*P*C). Patches run row by row over the image; inside a patch
+    the pixels run row by row, the channel last. This is MAE's order.
+    Raises ValueError if P does not divide H and W.
+    """
+    B, C, H, W = images.shape
+    P = patch_size
+    rows, columns = patch_grid(H, W, P)
+    x = images.reshape(B, C, rows, P, columns, P)
+    x = x.permute(0, 2, 4, 3, 5, 1)  # (B, rows, columns, P, P, C)
+    return x.reshape(B, rows * columns, P * P * C)
+
+
+def unpatchify(patches, patch_size, grid):
+    """Put patches back where they came from: the inverse of `patchify`.
+
+    patches (B, N, P*P*C), grid = (rows, columns) -> (B, C, H, W).
+    Raises ValueError if N is not rows * columns.
+    """
+    B, N, length = patches.shape
+    P = patch_size
+    rows, columns = grid
+    if N != rows * columns:
+        raise ValueError(f"{N} patches do not fill a grid of {rows}x{columns}; give grid=(rows, columns)")
+    x = patches.reshape(B, rows, columns, P, P, length // P**2)
+    x = x.permute(0, 5, 1, 3, 2, 4)  # (B, C, rows, P, columns, P)
+    return x.reshape(B, -1, rows * P, columns * P)
+
+
+class PatchEmbed(nn.Module):
+    """The linear map E of ViT eq. 1: patches (B, n, P*P*C) -> tokens (B, n, D).
+
+    Its weights have the shape of a convolution of size P and stride P, as in all public
+    checkpoints, and that is what it computes. Written as a matrix product it also takes a part
+    of the patches, which is what a masked autoencoder needs, and small patches cost less
+    (28 px, P = 4, 2 cores: 1.1 ms for 256 images, the convolution 5.7 ms).
+    """
+
+    def __init__(self, patch_size, in_chans, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, patches):
+        E = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, C, P, P) -> (D, P*P*C)
+        return F.linear(patches, E, self.proj.bias)
+
+
+# ---------------------------------------------------------------------------------------------
+# Positions
+# ---------------------------------------------------------------------------------------------
+
+
+def sincos_pos_embed(dim, grid, prefix=1):
+    """Fixed 2-D sine-cosine positions, used by MAE and HPM in place of learned ones.
+
+    Half of the channels encode the column, half the row; each half is [sin(p·ω), cos(p·ω)]
+    with ω_i = 10000^(-i / (D/4)), i = 0 … D/4 - 1 (Attention Is All You Need, section 3.5, in 2-D).
+
+    dim D, grid = (rows, columns) -> (1, prefix + N, D) float32; zeros for the prefix.
+    Raises ValueError if D is not a multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"sine-cosine positions need a width that is a multiple of 4, not {dim}")
+    rows, columns = grid
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))  # (D/4)
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    angles = torch.stack([column, row], dim=-1).reshape(-1, 2, 1) * omega  # (N, 2, D/4)
+    embed = torch.cat([angles.sin(), angles.cos()], dim=-1).reshape(1, -1, dim)
+    return F.pad(embed, (0, 0, prefix, 0)).float()
+
+
+def interpolation_matrix(old, new, original=False):
+    """The linear map that resamples `old` points on a line to `new` points: (new, old) float64.
+
+    original=False  cubic convolution (Keys 1981, a = -1/2) about pixel centres, widened when
+                    shrinking so that nothing is aliased. What timm, DeiT and MAE's users run today.
+    original=True   linear, first and last points kept in place. What the ViT authors ran (scipy's
+                    zoom, order 1).
+    """
+    if original:
+        centres, stretch = torch.linspace(0, old - 1, new, dtype=torch.float64), 1.0
+    else:
+        centres, stretch = (torch.arange(new, dtype=torch.float64) + 0.5) * old / new - 0.5, max(1.0, old / new)
+    d = (centres[:, None] - torch.arange(old)).abs() / stretch  # (new, old)
+    if original:
+        weights = (1 - d).clamp(min=0)
+    else:
+        near, far = (1.5 * d - 2.5) * d**2 + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2
+        weights = torch.where(d < 1, near, torch.where(d < 2, far, torch.zeros_like(d)))
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+def resize_pos_embed(pos_embed, old_grid, new_grid, prefix=1, original=False):
+    """Carry position embeddings to another grid by 2-D interpolation (ViT, section 3.2).
+
+    A grid of positions is a small image with D channels, so it is resized like one: first along
+    the rows, then along the columns. The class token has no place in the image: it is kept.
+
+    pos_embed (1, prefix + N, D), grids = (rows, columns) -> (1, prefix + N_new, D).
+    `original` picks the ViT authors' bilinear mode, see `interpolation_matrix`.
+    Raises ValueError if pos_embed does not have prefix + rows * columns entries.
+    """
+    if pos_embed.shape[1] != prefix + math.prod(old_grid):
+        raise ValueError(
+            f"{pos_embed.shape[1]} position embeddings are not {prefix} + {old_grid[0]}x{old_grid[1]}; "
+            "check old_grid and prefix"
+        )
+    if tuple(old_grid) == tuple(new_grid):
+        return pos_embed
+    tokens, patches = pos_embed[:, :prefix], pos_embed[:, prefix:]
+    image = patches.reshape(*old_grid, -1).double()  # (rows, columns, D)
+    down = interpolation_matrix(old_grid[0], new_grid[0], original).to(image.device)
+    along = interpolation_matrix(old_grid[1], new_grid[1], original).to(image.device)
+    image = torch.einsum("rs,std,ct->rcd", down, image, along)  # (new rows, new columns, D)
+    return torch.cat([tokens, image.reshape(1, math.prod(new_grid), -1).to(pos_embed)], dim=1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Attention, MLP, block
+# ---------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, MSA(z), ViT eq. 5-8: (B, T, D) -> (B, T, D).
+
+    `inside`: a dict to fill with q, k, v (B, k, T, D_h), A (B, k, T, T) and each head's SA.
+    The fused kernel computes the same without ever storing A, so asking for A takes the plain path.
+    Raises ValueError if the number of heads does not divide the width.
+    """
+
+    def __init__(self, dim, num_heads, dropout=0.0, fused=True):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"width {dim} does not split into {num_heads} heads; use a divisor of {dim}")
+        self.num_heads = num_heads
+        self.fused = fused
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, z, inside=None):
+        B, T, D = z.shape
+        qkv = self.qkv(z).reshape(B, T, 3, self.num_heads, -1)  # eq. 5: [q, k, v] = z U_qkv
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, k, T, D_h)
+        if self.fused and inside is None:
+            sa = F.scaled_dot_product_attention(q, k, v)
+        else:
+            A = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)  # eq. 6, (B, k, T, T)
+            sa = A @ v  # eq. 7: SA(z) = A v, (B, k, T, D_h)
+            if inside is not None:
+                inside.update(q=q, k=k, v=v, A=A, sa=sa)
+        msa = self.proj(sa.transpose(1, 2).reshape(B, T, D))  # eq. 8: [SA_1; …; SA_k] U_msa
+        return self.dropout(msa)
+
+
+class MLP(nn.Module):
+    """Two linear maps with a GELU between them, on every token alone: (B, T, D) -> (B, T, D).
+
+    gelu: "none" is the exact GELU x·Φ(x) (timm, MAE, HPM); "tanh" is the approximation that
+    Google's JAX code uses, needed for equal logits with its weights.
+    """
+
+    def __init__(self, dim, hidden, dropout=0.0, gelu="none"):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU(approximate=gelu)
+        self.fc2 = nn.Linear(hidden, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, z):
+        hidden = self.dropout(self.act(self.fc1(z)))  # (B, T, mlp_ratio * D)
+        return self.dropout(self.fc2(hidden))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016): in training, leave a whole branch out for an image.
+
+    rate: probability of leaving it out, in [0, 1). Kept branches are scaled by 1 / (1 - rate), so
+    that the expected value stays.
+    """
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch):
+        if self.rate == 0.0 or not self.training:
+            return branch
+        keep = torch.rand(len(branch), 1, 1, device=branch.device) >= self.rate
+        return branch * (keep / (1 - self.rate)).to(branch.dtype)
+
+
+class Block(nn.Module):
+    """One encoder layer, ViT eq. 2 and 3: (B, T, D) -> (B, T, D).
+
+    LayerNorm comes before each branch (pre-norm); the residual path itself is never normalised.
+    """
+
+    def __init__(self, dim, num_heads, mlp_ratio=4, dropout=0.0, drop_path=0.0, gelu="none", fused=True):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads, dropout, fused)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, int(dim * mlp_ratio), dropout, gelu)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, z, inside=None):
+        z_prime = self.drop_path(self.attn(self.norm1(z), inside)) + z  # eq. 2
+        z = self.drop_path(self.mlp(self.norm2(z_prime))) + z_prime  # eq. 3
+        if inside is not None:
+            inside.update(z_prime=z_prime, z=z)
+        return z
+
+
+# ---------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------
+
+
+class ViT(nn.Module):
+    """The Vision Transformer: images (B, C, H, W) -> logits (B, classes).
+
+    img_size     pixels, one number or (H, W); the patch size must divide both
+    num_classes  0 leaves the head out: the output is then the image representation y (B, D)
+    pool         "cls": y = LN(z_L⁰), eq. 4; "mean": LayerNorm of the mean over patch tokens (MAE's
+                 fine-tuning head; the paper's appendix D.3 compares the two)
+    head         "linear": one layer that starts at zero (the paper's fine-tuning head);
+                 "mlp": one tanh hidden layer before it (its pre-training head)
+    pos_embed    "learned", as in the paper, or "sincos", fixed, as in MAE and HPM
+    class_token  False leaves it out; only with pool="mean"
+    dropout      after every dense layer but qkv, and after adding positions (appendix B.1)
+    drop_path    stochastic depth, rising linearly from 0 at the first block to this at the last
+    gelu         "none" or "tanh", see `MLP`
+    fused        False writes attention out as eq. 6 and 7 instead of calling the fused kernel
+
+    Raises ValueError for sizes that do not fit each other.
+    """
+
+    def __init__(
+        self, img_size=224, patch_size=16, in_chans=3, num_classes=1000, dim=768, depth=12, num_heads=12,
+        mlp_ratio=4, pool="cls", head="linear", pos_embed="learned", class_token=True,
+        dropout=0.0, drop_path=0.0, gelu="none", fused=True,
+    ):  # fmt: skip
+        super().__init__()
+        if not class_token and pool == "cls":
+            raise ValueError('pool="cls" needs the class token; use pool="mean" or class_token=True')
+        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        self.patch_size = patch_size
+        self.grid = patch_grid(*self.img_size, patch_size)  # (rows, columns)
+        self.prefix = int(class_token)  # tokens before the patches
+        self.pool = pool
+
+        self.patch_embed = PatchEmbed(patch_size, in_chans, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
+        if pos_embed == "sincos":
+            self.pos_embed = nn.Parameter(sincos_pos_embed(dim, self.grid, self.prefix), requires_grad=False)
+        else:
+            self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix + math.prod(self.grid), dim))
+        self.dropout = nn.Dropout(dropout)
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, dropout, rate, gelu, fused) for rate in rates)
+        self.norm = nn.LayerNorm(dim, eps=1e-6) if pool == "cls" else nn.Identity()
+        self.fc_norm = nn.LayerNorm(dim, eps=1e-6) if pool == "mean" else nn.Identity()
+        self.pre_logits = nn.Sequential()  # stays empty (the identity) for the linear head
+        if head == "mlp":
+            self.pre_logits.add_module("fc", nn.Linear(dim, dim))
+            self.pre_logits.add_module("tanh", nn.Tanh())
+        self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+        init_weights(self)
+
+    def embed(self, images, visible=None):
+        """ViT eq. 1: z_0 = [x_class; x_p¹E; …; x_p^N E] + E_pos, (B, C, H, W) -> (B, T, D).
+
+        visible: indices (B, n) of the patches to embed; the others are left out (MAE's encoder).
+        Raises ValueError if the images do not have the size that the model was built for.
+        """
+        if images.shape[-2:] != self.img_size:
+            given, built = ("x".join(map(str, size)) for size in (images.shape[-2:], self.img_size))
+            raise ValueError(
+                f"images are {given} pixels, the model was built for {built}; resize the images, "
+                f"or create the model with img_size={tuple(images.shape[-2:])}"
+            )
+        patches = patchify(images, self.patch_size)  # (B, N, P*P*C)
+        positions = self.pos_embed[:, self.prefix :]  # (1, N, D)
+        if visible is not None:
+            patches = gather(patches, visible)  # (B, n, P*P*C)
+            positions = gather(positions.expand(len(images), -1, -1), visible)  # (B, n, D)
+        z = self.patch_embed(patches) + positions
+        if self.cls_token is not None:
+            x_class = self.cls_token + self.pos_embed[:, :1]  # (1, 1, D)
+            z = torch.cat([x_class.expand(len(z), -1, -1).to(z.dtype), z], dim=1)
+        return self.dropout(z)
+
+    def encode(self, images, visible=None, inside=None):
+        """All tokens after the last block: z_L (B, T, D), through LN when pool="cls"."""
+        z = self.embed(images, visible)
+        if inside is not None:
+            inside.update(z0=z, blocks=[{} for _ in self.blocks])
+        for i, block in enumerate(self.blocks):
+            z = block(z, None if inside is None else inside["blocks"][i])
+        return self.norm(z)
+
+    def represent(self, images, inside=None):
+        """The image representation y (B, D): ViT eq. 4, or its mean-pool variant."""
+        z = self.encode(images, inside=inside)
+        y = z[:, 0] if self.pool == "cls" else z[:, self.prefix :].mean(dim=1)
+        return self.fc_norm(y)
+
+    def forward(self, images, inside=None):
+        """images (B, C, H, W) -> logits (B, classes).
+
+        inside: an empty dict, filled with the values on the way by name: z0, y, logits, and in
+        blocks[i] q, k, v, A, sa, z_prime, z.
+        """
+        y = self.represent(images, inside)
+        logits = self.head(self.pre_logits(y))
+        if inside is not None:
+            inside.update(y=y, logits=logits)
+        return logits
+
+
+def gather(tokens, index):
+    """Pick tokens by index, each image its own: (B, N, D), (B, n) -> (B, n, D)."""
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def init_weights(module):
+    """Start as the paper's code does: Xavier-uniform matrices, zero biases, N(0, 0.02²) positions
+    and tokens, a head of zeros. U_qkv holds three D x D matrices: each is drawn for its own size."""
+    for name, parameter in module.named_parameters():
+        if name.endswith("head.weight"):
+            nn.init.zeros_(parameter)
+        elif name.endswith("qkv.weight"):
+            for matrix in parameter.chunk(3):
+                nn.init.xavier_uniform_(matrix)
+        elif name.endswith("weight") and parameter.ndim > 1:
+            nn.init.xavier_uniform_(parameter.flatten(1))  # a view, also of the convolution's weight
+        elif name.endswith(("token", "pos_embed")) and parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.02)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+
+
+# ---------------------------------------------------------------------------------------------
+# Variants
+# ---------------------------------------------------------------------------------------------
+
+# Table 1 (B, L, H) and, smaller, DeiT's Ti and S:  width, depth, heads.
+SIZES = {"ti": (192, 12, 3), "s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "h": (1280, 32, 16)}
+ARCHS = {
+    f"vit_{size}{patch}": dict(patch_size=patch, dim=dim, depth=depth, num_heads=heads)
+    for size, (dim, depth, heads) in SIZES.items()
+    for patch in (8, 14, 16, 32)
+}
+# Ours, for images of 28 to 32 pixels.
+ARCHS["vit_micro4"] = dict(patch_size=4, dim=96, depth=6, num_heads=3, mlp_ratio=2)
+
+
+def create(arch, img_size=224, num_classes=1000, in_chans=3, **options):
+    """Build a model by its name: `vit_b16` is ViT-B/16. All names are in `ARCHS`.
+
+    options: any argument of `ViT`; it wins over the variant's own. Raises ValueError for an unknown name.
+    """
+    if arch not in ARCHS:
+        near = difflib.get_close_matches(arch, ARCHS, n=1, cutoff=0)[0]
+        raise ValueError(f"unknown arch {arch!r}; did you mean {near}? There are {', '.join(ARCHS)}")
+    return ViT(img_size=img_size, num_classes=num_classes, in_chans=in_chans, **(ARCHS[arch] | options))
+
+
+# ---------------------------------------------------------------------------------------------
+# Looking inside
+# ---------------------------------------------------------------------------------------------
+
+
+def attention_distance(A, grid, patch_size, prefix=1):
+    """How far a head looks: the mean distance between a patch and what it attends to (figure 7).
+
+    A (B, k, T, T), grid = (rows, columns), patch size in pixels -> (k,) in pixels: the distance
+    between patch centres weighted by attention, averaged over query patches and images. The class
+    token has no place, so it is left out and the weights on the patches are normalised again.
+    """
+    row, column = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    centres = patch_size * torch.stack([row, column], dim=-1).reshape(-1, 2).to(A)  # (N, 2) pixels
+    distance = (centres[:, None] - centres).norm(dim=-1)  # (N, N)
+    weights = A[:, :, prefix:, prefix:]
+    weights = weights / weights.sum(dim=-1, keepdim=True)
+    return (weights * distance).sum(dim=-1).mean(dim=(0, 2))
+
+
+def attention_rollout(attentions):
+    """How much of each input token reaches each output token (figure 6; Abnar & Zuidema 2020).
+
+    attentions: A of every block in order, each (B, k, T, T) -> (B, T, T); rows are outputs and sum
+    to 1. Heads are averaged; the residual path, which carries a token past attention unchanged,
+    counts as attention to itself: (A + I) / 2. The layers then multiply.
+    """
+    identity = torch.eye(attentions[0].shape[-1]).to(attentions[0])
+    rollout = identity
+    for A in attentions:
+        rollout = (A.mean(dim=1) + identity) / 2 @ rollout
+    return rollout
+
+
+def pos_embed_similarity(pos_embed, grid, prefix=1):
+    """Cosine similarity of every position embedding with every other (figure 7, centre).
+
+    pos_embed (1, prefix + N, D) -> (rows, columns, rows, columns); [r, c] is the map of position (r, c).
+    """
+    unit = F.normalize(pos_embed[0, prefix:], dim=-1)  # (N, D)
+    return (unit @ unit.T).reshape(*grid, *grid)
+
+
+# ---------------------------------------------------------------------------------------------
+# Weights
+# ---------------------------------------------------------------------------------------------
+
+
+def load_weights(model, source):
+    """Load a checkpoint file into a ViT: one of ours, or any with timm's names (DeiT, DINO, MAE).
+
+    Another image size is no obstacle: learned positions are interpolated, sine-cosine ones are
+    computed for the model's own grid. A head for other classes is left at its initial value.
+    Returns a list of sentences that say what was adapted, left or ignored.
+    Raises ValueError, and changes nothing, if the file can't be read or does not fit. No code that
+    a file may carry is ever run.
+    """
+    try:
+        state = torch.load(source, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"no weights at {source}; check the path") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise ValueError(f"{source} is not a readable checkpoint ({str(error).splitlines()[0]})") from None
+    for wrapper in ("model", "state_dict"):
+        state = state.get(wrapper, state) if isinstance(state, dict) else {}
+    anchor = "patch_embed.proj.weight"
+    found = [key.removesuffix(anchor) for key in state if key.endswith(anchor)]
+    if not found:
+        first = ", ".join(str(key) for key in list(state)[:3]) or "nothing"
+        raise ValueError(f"{source} holds no ViT: no {anchor} in it; its first keys are {first}")
+    state = {k.removeprefix(found[0]): v for k, v in state.items() if k.startswith(found[0])}
+
+    own, notes = model.state_dict(), []
+    if "pos_embed" in state and state["pos_embed"].shape[1] != own["pos_embed"].shape[1]:
+        if not model.pos_embed.requires_grad:
+            state["pos_embed"] = own["pos_embed"]
+            notes.append(f"sine-cosine positions computed for the {model.grid[0]}x{model.grid[1]} grid")
+        else:
+            prefix = int("cls_token" in state)
+            side = math.isqrt(state["pos_embed"].shape[1] - prefix)
+            resized = resize_pos_embed(state["pos_embed"], (side, side), model.grid, prefix)
+            state["pos_embed"] = resized[:, prefix - model.prefix :]
+            notes.append(f"positions interpolated from {side}x{side} to {model.grid[0]}x{model.grid[1]}")
+    if "head.weight" in own and "head.weight" in state and state["head.weight"].shape != own["head.weight"].shape:
+        here, there = len(own["head.weight"]), len(state["head.weight"])
+        notes.append(f"head left at its initial value: {here} classes here, {there} in the file")
+        state = {k: v for k, v in state.items() if not k.startswith("head.")}
+    for name, value in own.items():
+        if name in state and state[name].shape != value.shape:
+            given, wanted = tuple(state[name].shape), tuple(value.shape)
+            raise ValueError(f"{source} does not fit: {name} is {given} there, {wanted} in this model")
+    for what, names in (("left at their initial values", own.keys() - state), ("not used", state.keys() - own)):
+        names = sorted({name.split(".")[0] for name in names} - ({"head"} if notes else set()))
+        if names:
+            notes.append(f"{what}: {', '.join(names)}")
+    model.load_state_dict(own | {k: v for k, v in state.items() if k in own})
+    return notes
