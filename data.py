@@ -1,0 +1,549 @@
+"""Images, in batches.
+
+Two kinds of split, one pair of methods:
+
+    InMemory   small sets: uint8 tensors, cropped, flipped and normalised a batch at a time, on the device
+    Folder     ImageNet's layout on disk: decoded and cropped by DataLoader workers
+
+    split.train_batches(…)   shuffled and augmented, one batch a step
+    split.test_batches(…)    every image once, in order
+
+All randomness is a pure function of (seed, purpose, position). So a run that resumes at step s sees
+what it would have seen without the interruption, and R processes with B / R images each see the
+images that one process sees with B.
+"""
+
+import difflib
+import functools
+import gzip
+import hashlib
+import importlib.util
+import math
+import os
+import sys
+import tarfile
+import urllib.request
+import zlib
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.nn import functional as F
+from tqdm import tqdm
+
+# mean, std: one number a channel, of pixels in [0, 1]. img_size: pixels (a square) of the images as
+# they are, None where sizes differ. train, test: InMemory or Folder.
+Dataset = namedtuple("Dataset", "name classes mean std img_size train test")
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class UnreadableImages(ValueError):
+    """Too many images of a folder can't be decoded."""
+
+
+# ---------------------------------------------------------------------------------------------
+# Order and randomness
+# ---------------------------------------------------------------------------------------------
+
+ORDER, CROP, MIX, MASK = range(4)  # purposes: each has random numbers of its own
+
+
+def generator(seed, *key, device="cpu"):
+    """A torch.Generator whose numbers depend on (seed, *key) alone; all non-negative integers."""
+    state = np.random.SeedSequence((seed, *key)).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state) % 2**63)
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(n, seed, epoch):
+    """A random order of n images, another one for each epoch: (n,) int64."""
+    return torch.randperm(n, generator=generator(seed, ORDER, epoch))
+
+
+def batch_indices(n, batch_size, step, seed):
+    """Which of n images step `step` sees: (batch_size,) int64.
+
+    The orders of the epochs follow each other without a gap: every image comes once an epoch, and
+    a batch may be larger than the set.
+    """
+    first, end = step * batch_size, (step + 1) * batch_size
+    orders = [epoch_order(n, seed, epoch) for epoch in range(first // n, (end - 1) // n + 1)]
+    return torch.cat(orders)[first % n :][:batch_size]
+
+
+# ---------------------------------------------------------------------------------------------
+# Augmentation of a batch: `draw` holds uniform numbers from [0, 1), a row for each image
+# ---------------------------------------------------------------------------------------------
+
+
+def padded_crop(images, draw, pad):
+    """Shift each image by up to `pad` pixels each way, zeros outside; flip half of them.
+
+    images (B, C, H, W) uint8, draw (B, 3) -> (B, C, H, W) uint8.
+    """
+    B, C, H, W = images.shape
+    top, left = (draw[:, :2] * (2 * pad + 1)).long().T  # (B) each
+    rows = top[:, None] + torch.arange(H, device=images.device)  # (B, H)
+    columns = left[:, None] + torch.arange(W, device=images.device)  # (B, W)
+    columns = torch.where(draw[:, 2:3] < 0.5, columns.flip(1), columns)
+    padded = F.pad(images, (pad, pad, pad, pad))
+    which = torch.arange(B, device=images.device)[:, None, None]
+    channels = [padded[:, c][which, rows[:, :, None], columns[:, None, :]] for c in range(C)]  # (B, H, W) each
+    return torch.stack(channels, dim=1)
+
+
+def crop_box(height, width, draw, scale, ratio=(3 / 4, 4 / 3)):
+    """The box of the random resized crop (Szegedy et al. 2015).
+
+    height, width (B,) pixels, draw (4, B). The share of the area is uniform in `scale`, log(w / h)
+    uniform in log `ratio`, the place uniform; a side that does not fit is cut to the image's.
+    Returns top, left, h, w: (B,) each, in pixels and their fractions.
+    """
+    area = height * width * (scale[0] + draw[0] * (scale[1] - scale[0]))
+    aspect = ratio[0] ** (1 - draw[1]) * ratio[1] ** draw[1]  # w / h
+    h = torch.minimum((area / aspect).sqrt(), height)
+    w = torch.minimum((area * aspect).sqrt(), width)
+    return draw[2] * (height - h), draw[3] * (width - w), h, w
+
+
+def crop_and_resize(images, box, flip, size):
+    """Cut a box of its own out of each image and resize it, by bicubic interpolation.
+
+    images (B, C, H, W), box = top, left, h, w in pixels, (B,) each, flip (B,) bool, size = (H', W')
+    -> (B, C, H', W') float. Made for enlarging and mild shrinking: there is no low-pass filter.
+    """
+    (top, left, h, w), (H, W) = box, images.shape[-2:]
+    y = (torch.arange(size[0], device=images.device) + 0.5) / size[0]  # pixel centres, in (0, 1)
+    x = ((torch.arange(size[1], device=images.device) + 0.5) / size[1]).expand(len(images), -1)
+    x = torch.where(flip[:, None], x.flip(1), x)
+    y = 2 * (top[:, None] + y * h[:, None]) / H - 1  # (B, H'), the image spans [-1, 1]
+    x = 2 * (left[:, None] + x * w[:, None]) / W - 1  # (B, W')
+    places = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)  # (B, H', W', 2)
+    crops = F.grid_sample(images.float(), places, mode="bicubic", padding_mode="border", align_corners=False)
+    return crops.clamp(0, 255)
+
+
+def resize(images, sizes, size):
+    """Resize whole images to size = (H', W'), each as much of its frame as `sizes` (B, 2) says."""
+    if size == images.shape[-2:]:
+        return images
+    zero = torch.zeros(len(images), device=images.device)
+    return crop_and_resize(images, (zero, zero, *sizes.T), zero > 0, size)
+
+
+def mixup_weights(weight, size):
+    """mixup (Zhang et al. 2018): the whole image counts with its weight. (B,) -> (B, 1, H, W)."""
+    return weight[:, None, None, None].expand(-1, 1, *size)
+
+
+def cutmix_weights(weight, centre, size):
+    """CutMix (Yun et al. 2019): 0 in a box that covers 1 - weight of the image, 1 around it.
+
+    weight (B,), centre (B, 2) in [0, 1), size = (H, W) -> (B, 1, H, W). The image's border cuts the box.
+    """
+    half = (1 - weight).sqrt()[:, None] / 2
+    inside = []
+    for axis, n in enumerate(size):
+        low, high = ((centre[:, axis, None] + sign * half) * n for sign in (-1, 1))  # (B, 1)
+        place = torch.arange(n, device=weight.device)
+        inside.append((place >= low.round()) & (place < high.round()))  # (B, n)
+    box = inside[0][:, :, None] & inside[1][:, None, :]  # (B, H, W)
+    return (~box)[:, None].to(weight.dtype)
+
+
+def blend(images, targets, weights):
+    """Mix every image with its neighbour in the batch, and their targets by the same share.
+
+    images (B, C, H, W), targets (B, classes) of probabilities, weights (B, 1, H, W) of the own image.
+    Neighbours are 0 and 1, 2 and 3, …; an odd last one stays alone. The order is random already.
+    """
+    B = len(images)
+    neighbour = (torch.arange(B, device=images.device) ^ 1).clamp(max=B - 1)
+    share = weights.mean(dim=(1, 2, 3))[:, None]  # (B, 1)
+    images = weights * images + (1 - weights) * images[neighbour]
+    return images, share * targets + (1 - share) * targets[neighbour]
+
+
+def mix(images, labels, classes, mixup, cutmix, seed, step, batch_size, here=slice(None)):
+    """Blend with mixup or CutMix; when both are on, each image takes one of them by a fair coin.
+
+    images (B, C, H, W), labels (B,) -> images, targets (B, classes). mixup, cutmix: parameter of
+    their Beta distribution, 0 is off, not both. Weights are drawn for the whole batch of
+    `batch_size` images; `here` is the slice of it that this process holds.
+    """
+    rng, size = np.random.default_rng(np.random.SeedSequence((seed, MIX, step))), images.shape[-2:]
+    coin = rng.random(batch_size) < (0.5 if mixup and cutmix else float(mixup > 0))
+    weight = np.where(
+        coin, rng.beta(mixup or 1, mixup or 1, batch_size), rng.beta(cutmix or 1, cutmix or 1, batch_size)
+    )
+    centre = rng.random((batch_size, 2))
+    coin, weight, centre = (torch.as_tensor(v[here]).to(images.device) for v in (coin, weight, centre))
+    weights = torch.where(coin[:, None, None, None], mixup_weights(weight, size), cutmix_weights(weight, centre, size))
+    return blend(images, F.one_hot(labels, classes).float(), weights.float())
+
+
+def normalise(images, mean, std):
+    """uint8 or 0-255 pixels (B, C, H, W) -> float with mean 0 and deviation 1 over the data set."""
+    mean, std = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (mean, std))
+    return (images.float() - 255 * mean) / (255 * std)
+
+
+# ---------------------------------------------------------------------------------------------
+# Splits
+# ---------------------------------------------------------------------------------------------
+
+
+class InMemory:
+    """Images in memory.
+
+    images (n, C, H, W) uint8, labels (m,) int64: sample i is image i % n, so that one photograph may
+    stand for many crops. sizes (n, 2): height and width of each image inside its frame; None: all of it.
+    """
+
+    unreadable = {}  # nothing left to decode
+
+    def __init__(self, images, labels, mean, std, sizes=None):
+        self.images, self.labels, self.mean, self.std = images, labels, mean, std
+        self.sizes = torch.tensor([images.shape[-2:]]).repeat(len(images), 1) if sizes is None else sizes
+
+    def __len__(self):
+        return len(self.labels)
+
+    def to(self, device):
+        self.images, self.labels, self.sizes = (v.to(device) for v in (self.images, self.labels, self.sizes))
+        return self
+
+    def train_batches(self, size, batch_size, steps, seed, crop, device, here=slice(None)):
+        """Yield images (b, C, H, W) float and labels (b,) for each step of the range `steps`.
+
+        size = (H, W). crop: a number, the pad of `padded_crop`; a pair, the scale of `crop_box`; or
+        None. `here`: the slice of each batch that this process wants.
+        """
+        self.to(device)
+        for step in steps:
+            index = batch_indices(len(self), batch_size, step, seed)[here]
+            draw = torch.rand(batch_size, 5, generator=generator(seed, CROP, step))[here]
+            if self.images.is_cuda:  # copies from pinned memory let the host run ahead
+                index, draw = (v.pin_memory().to(device, non_blocking=True) for v in (index, draw))
+            which = index % len(self.images)
+            images, sizes = self.images[which], self.sizes[which]
+            if isinstance(crop, tuple):
+                images = crop_and_resize(images, crop_box(*sizes.T, draw[:, 1:].T, crop), draw[:, 0] < 0.5, size)
+            else:
+                images = resize(images if crop is None else padded_crop(images, draw, crop), sizes, size)
+            yield normalise(images, self.mean, self.std), self.labels[index]
+
+    def test_batches(self, size, batch_size, device, here=slice(None)):
+        """Yield images (b, C, H, W) float and labels (b,), every sample of the slice `here` once, in order."""
+        self.to(device)
+        for index in torch.arange(len(self), device=device)[here].split(batch_size):
+            which = index % len(self.images)
+            images = resize(self.images[which], self.sizes[which], size)
+            yield normalise(images, self.mean, self.std), self.labels[index]
+
+
+class Folder(torch.utils.data.Dataset):
+    """Images on disk, PATH/CLASS/*.{jpg,png,…}: decoded, cropped and flipped by DataLoader workers.
+
+    An image that can't be decoded is skipped: a warning names it, and in training another of its
+    batch stands in. `unreadable` maps the names met so far to the reasons. Raises ValueError for a
+    class without images, UnreadableImages once more than 5 % of the split can't be decoded.
+    """
+
+    def __init__(self, path, mean, std):
+        self.mean, self.std, self.files, self.unreadable = mean, std, [], {}
+        self.classes = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+        for label, name in enumerate(self.classes):
+            files = sorted(str(f) for f in Path(path, name).iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
+            if not files:
+                raise ValueError(
+                    f"no image in {Path(path, name)}; add some ({' '.join(IMAGE_SUFFIXES)}) or remove the folder"
+                )
+            self.files += [(file, label) for file in files]
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, request):
+        """(index, size, crop, draw) -> image (3, H, W) uint8 or None, label, None or (name, reason)."""
+        (file, label), *how = self.files[request[0]], *request[1:]
+        try:
+            return read_image(file, *how), label, None
+        except Exception as error:  # whatever a decoder raises for a broken file
+            return None, label, (file, str(error) or type(error).__name__)
+
+    def train_batches(self, size, batch_size, steps, seed, crop, device, here=slice(None)):
+        """As `InMemory.train_batches`; crop is the scale of `crop_box`."""
+
+        def requests():
+            for step in steps:
+                index = batch_indices(len(self), batch_size, step, seed)[here].tolist()
+                draw = torch.rand(batch_size, 5, generator=generator(seed, CROP, step))[here]
+                yield [(i, size, crop, d) for i, d in zip(index, draw, strict=True)]
+
+        return self._load(requests(), device, replace=True)
+
+    def test_batches(self, size, batch_size, device, here=slice(None)):
+        """As `InMemory.test_batches`; an image that can't be decoded has label -1 and is black."""
+        index = range(len(self))[here]
+        batches = (index[i : i + batch_size] for i in range(0, len(index), batch_size))
+        return self._load(([(i, size, None, None) for i in batch] for batch in batches), device, replace=False)
+
+    def _load(self, requests, device, replace):
+        loader = torch.utils.data.DataLoader(
+            self,
+            batch_sampler=requests,
+            num_workers=min(8, os.cpu_count()),
+            collate_fn=functools.partial(collate, replace=replace),
+            pin_memory=device.type == "cuda",
+        )
+        for images, labels, failed in loader:
+            for name, reason in failed:
+                if name not in self.unreadable:
+                    tqdm.write(f"warning: skipped {name}: {reason}", file=sys.stderr)
+                    self.unreadable[name] = reason
+            if len(self.unreadable) > 0.05 * len(self):
+                raise UnreadableImages(
+                    f"{len(self.unreadable)} of {len(self)} images can't be decoded, more than 5 %; the last is "
+                    f"{list(self.unreadable)[-1]}; repair or remove them"
+                )
+            images, labels = (v.to(device, non_blocking=True) for v in (images, labels))
+            yield normalise(images, self.mean, self.std), labels
+
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+
+
+def read_image(file, size, crop, draw):
+    """Decode an image file, crop it and resize it to size = (H, W): (3, H, W) uint8, RGB.
+
+    crop, draw: scale and five numbers for `crop_box` and the flip; None: the middle, 7/8 of the
+    short side (ImageNet's 224 of 256).
+    """
+    with Image.open(file) as image:
+        width, height = image.size
+        if image.getexif().get(0x0112, 1) > 4:  # EXIF orientation 5-8: the camera was held upright
+            width, height = height, width
+        if crop:
+            box = crop_box(torch.tensor(float(height)), torch.tensor(float(width)), draw[1:], crop)
+            top, left, h, w = (v.item() for v in box)
+        else:
+            shrink = 7 / 8 * min(height / size[0], width / size[1])
+            h, w = size[0] * shrink, size[1] * shrink
+            top, left = (height - h) / 2, (width - w) / 2
+        # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size: as small as the crop allows.
+        shrink = max(1.0, min(h / size[0], w / size[1]))
+        image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
+        image = to_rgb(ImageOps.exif_transpose(image))
+    x, y = image.width / width, image.height / height
+    box = (left * x, top * y, (left + w) * x, (top + h) * y)
+    image = image.resize(size[::-1], Image.Resampling.BICUBIC, box)
+    if crop and draw[0] < 0.5:
+        image = ImageOps.mirror(image)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def to_rgb(image):
+    """Any Pillow image as 8-bit RGB; of 16-bit grey the upper 8 bits are kept."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+    if image.mode == "P":
+        image = image.convert("RGBA")  # palettes may have transparent entries
+    return image.convert("RGB")
+
+
+def collate(samples, replace):
+    """Stack what `Folder` decoded: images (b, 3, H, W), labels (b,), [(name, reason)] of the failures.
+
+    replace: others of the batch stand in for failures; else they stay black and get the label -1.
+    """
+    images, labels, failures = zip(*samples, strict=True)
+    images, labels = torch.stack(images), torch.tensor(labels)
+    failed = torch.tensor([failure is not None for failure in failures])
+    if replace and failed.any() and not failed.all():
+        good, everyone = (~failed).nonzero()[:, 0], torch.arange(len(failed))
+        index = torch.where(failed, good[everyone % len(good)], everyone)
+        images, labels = images[index], labels[index]
+    elif failed.any():
+        labels = torch.where(failed, -1, labels)
+    return images, labels, [failure for failure in failures if failure]
+
+
+# ---------------------------------------------------------------------------------------------
+# Data sets
+# ---------------------------------------------------------------------------------------------
+
+# Photographs that scikit-image's wheel ships; each is a class.
+PHOTOS = (
+    "astronaut.png brick.png camera.png chelsea.png clock_motion.png coffee.png coins.png grass.png gravel.png "
+    "hubble_deep_field.jpg ihc.png moon.png motorcycle_left.png page.png retina.jpg rocket.jpg"
+).split()
+
+FASHION_MNIST = "T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag".split() + ["Ankle boot"]
+FASHION_MNIST_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+FASHION_MNIST_MD5 = {
+    "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+    "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+    "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+    "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+}
+
+CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
+CIFAR_MD5 = {
+    "cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530",
+    "cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8",
+}
+
+NAMES = ("photos", "fashion-mnist", "cifar10", "cifar100", "folder:PATH")
+
+
+def load(name, size=(224, 224), data_dir=None):
+    """Load a data set by name, see `NAMES`: a `Dataset`.
+
+    size = (H, W) matters to `photos` only, whose photographs are shrunk to suit it. data_dir: where
+    the files of fashion-mnist and cifar are looked for, and kept after a download; default
+    $VIT_DATA, else data/. Raises ValueError for an unknown name, and for files that are missing and
+    can't be downloaded, damaged, or not laid out as they should be.
+    """
+    data_dir = Path(data_dir or os.environ.get("VIT_DATA") or "data")
+    if name == "photos":
+        return photos(size)
+    if name == "fashion-mnist":
+        return fashion_mnist(data_dir / name)
+    if name in ("cifar10", "cifar100"):
+        return cifar(name, data_dir)
+    if name.startswith("folder:"):
+        return folder(Path(name.removeprefix("folder:")).expanduser())
+    near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0)[0]
+    raise ValueError(f"unknown data {name!r}; did you mean {near}? There are {', '.join(NAMES)}")
+
+
+def photos(size=(224, 224)):
+    """Sixteen photographs: a sample is a crop, its class is the photograph.
+
+    All are at least as wide as high. Training crops come from the left two thirds; the test crops,
+    four squares to each photograph, from the right third, which training never sees.
+    """
+    folder = Path(importlib.util.find_spec("skimage").submodule_search_locations[0], "data")
+    left, test = [], []
+    for name in PHOTOS:
+        with Image.open(folder / name) as image:
+            image = to_rgb(image)
+        cut = image.width * 2 // 3
+        side = image.width - cut
+        for top in np.linspace(0, image.height - side, 4):
+            box = (cut, top, image.width, top + side)
+            test.append(np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC, box)))
+        image = image.crop((0, 0, cut, image.height))
+        shrink = max(1.0, min(image.size) / (1.5 * min(size)))  # a mild one is left to `crop_and_resize`
+        image = image.resize((round(image.width / shrink), round(image.height / shrink)), Image.Resampling.BICUBIC)
+        left.append(np.asarray(image))  # (h, w, 3)
+    sizes = torch.tensor([image.shape[:2] for image in left])
+    frame = sizes.amax(dim=0).tolist()
+    train = [np.pad(i, ((0, frame[0] - len(i)), (0, frame[1] - i.shape[1]), (0, 0)), mode="edge") for i in left]
+    images = [torch.from_numpy(np.stack(split)).permute(0, 3, 1, 2).contiguous() for split in (train, test)]
+    labels = torch.arange(len(PHOTOS))
+    statistics = IMAGENET_MEAN, IMAGENET_STD
+    train = InMemory(images[0], labels.repeat(64), *statistics, sizes)  # 1024 crops are called an epoch
+    test = InMemory(images[1], labels.repeat_interleave(4), *statistics)
+    return Dataset("photos", [name.split(".")[0] for name in PHOTOS], *statistics, None, train, test)
+
+
+def fashion_mnist(folder):
+    """Fashion-MNIST (Xiao et al. 2017): 60,000 and 10,000 grey images of 28 x 28 pixels, 10 classes."""
+    statistics = (0.2860,), (0.3530,)
+    splits = []
+    for split, n in (("train", 60_000), ("t10k", 10_000)):
+        images = read_idx(folder, f"{split}-images-idx3-ubyte.gz", 16, (n, 1, 28, 28))
+        labels = read_idx(folder, f"{split}-labels-idx1-ubyte.gz", 8, (n,))
+        splits.append(InMemory(images, labels.long(), *statistics))
+    return Dataset("fashion-mnist", FASHION_MNIST, *statistics, 28, *splits)
+
+
+def read_idx(folder, name, header, shape):
+    """The values of a gzipped IDX file (MNIST's format: a header, then unsigned bytes)."""
+    path = fetch(folder, name, FASHION_MNIST_URL, FASHION_MNIST_MD5)
+    try:
+        values = np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header)
+        return torch.from_numpy(values.reshape(shape).copy())
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and run again") from None
+
+
+def cifar(name, data_dir):
+    """CIFAR-10 or -100 (Krizhevsky 2009): 50,000 and 10,000 colour images of 32 x 32 pixels.
+
+    Read from the binary version: bytes at known places, so that no pickle is ever loaded. A record
+    is the label (of CIFAR-100 the coarse one, then the fine one) and 3 x 32 x 32 pixels.
+    """
+    if name == "cifar10":
+        archive, base, label_bytes, names = "cifar-10-binary.tar.gz", "cifar-10-batches-bin", 1, "batches.meta.txt"
+        train, test = [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"]
+        statistics = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+    else:
+        archive, base, label_bytes, names = "cifar-100-binary.tar.gz", "cifar-100-binary", 2, "fine_label_names.txt"
+        train, test = ["train.bin"], ["test.bin"]
+        statistics = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+    path = fetch(data_dir, archive, CIFAR_URL, CIFAR_MD5)
+    try:
+        with tarfile.open(path) as tar:  # members are read, never unpacked to disk
+            read = {m: tar.extractfile(f"{base}/{m}").read() for m in (*train, *test, names)}
+        splits = []
+        for files in (train, test):
+            values = np.frombuffer(b"".join(read[f] for f in files), np.uint8).reshape(-1, label_bytes + 3072)
+            images, labels = values[:, label_bytes:].reshape(-1, 3, 32, 32), values[:, label_bytes - 1]
+            splits.append(InMemory(torch.tensor(images), torch.tensor(labels).long(), *statistics))
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, tarfile.TarError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and run again") from None
+    return Dataset(name, read[names].decode().split(), *statistics, 32, *splits)
+
+
+def folder(path):
+    """Images on disk in ImageNet's layout: PATH/{train,val}/CLASS/*.{jpg,png,…}."""
+    for split in ("train", "val"):
+        if not (path / split).is_dir():
+            raise ValueError(f"no folder {path / split}; folder:PATH needs PATH/train/CLASS/… and PATH/val/CLASS/…")
+    train, test = (Folder(path / split, IMAGENET_MEAN, IMAGENET_STD) for split in ("train", "val"))
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))[0]
+        where = "train" if odd in train.classes else "val"
+        raise ValueError(
+            f"the classes of {path}/train and {path}/val differ: {odd} is only in {where}; make them equal"
+        )
+    if not train.classes:
+        raise ValueError(f"no class in {path / 'train'}; it needs a folder for each class")
+    return Dataset(f"folder:{path}", train.classes, IMAGENET_MEAN, IMAGENET_STD, None, train, test)
+
+
+def fetch(folder, name, url, md5):
+    """The path of a data file; downloads it when it is not there. md5: checksums by name.
+
+    A download goes to a temporary name and is kept only if its checksum is right.
+    Raises ValueError if the network or the checksum fails.
+    """
+    path, part = folder / name, folder / f"{name}.part"
+    if path.exists():
+        return path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url + name, timeout=30) as response, part.open("wb") as file:
+            size = int(response.headers.get("Content-Length", 0))
+            with tqdm(total=size, unit="B", unit_scale=True, desc=name) as bar:
+                while block := response.read(1 << 16):
+                    file.write(block)
+                    bar.update(len(block))
+        found = hashlib.md5(part.read_bytes()).hexdigest()
+        if found != md5[name]:
+            raise ValueError(f"{url}{name} came with the checksum {found}, not {md5[name]}; not kept, try again")
+        part.rename(path)
+    except OSError as error:  # what urllib raises, too
+        raise ValueError(
+            f"{name} is not in {folder} and {url} can't be reached ({error}); put it there, or name "
+            "the folder that has it with --data-dir"
+        ) from None
+    finally:
+        part.unlink(missing_ok=True)
+    return path
