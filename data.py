@@ -13,6 +13,7 @@ what it would have seen without the interruption, and R processes with B / R ima
 images that one process sees with B.
 """
 
+import copy
 import difflib
 import functools
 import gzip
@@ -20,6 +21,7 @@ import hashlib
 import importlib.util
 import math
 import os
+import random
 import sys
 import tarfile
 import urllib.request
@@ -29,13 +31,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 from torch.nn import functional as F
 from tqdm import tqdm
 
-# mean, std: one number a channel, of pixels in [0, 1]. img_size: pixels (a square) of the images as
-# they are, None where sizes differ. train, test: InMemory or Folder.
-Dataset = namedtuple("Dataset", "name classes mean std img_size train test")
+# mean, std: one number a channel, of pixels in [0, 1]. train, test: InMemory or Folder.
+Dataset = namedtuple("Dataset", "name classes mean std train test")
+NATIVE_SIZE = {"fashion-mnist": 28, "cifar10": 32, "cifar100": 32}  # pixels
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -48,7 +50,7 @@ class UnreadableImages(ValueError):
 # Order and randomness
 # ---------------------------------------------------------------------------------------------
 
-ORDER, CROP, MIX, MASK = range(4)  # purposes: each has random numbers of its own
+ORDER, CROP, MIX, MASK, ERASE, SUBSET, MODEL = range(7)  # purposes: each has random numbers of its own
 
 
 def generator(seed, *key, device="cpu"):
@@ -185,6 +187,23 @@ def mix(images, labels, classes, mixup, cutmix, seed, step, batch_size, here=sli
     return blend(images, F.one_hot(labels, classes).float(), weights.float())
 
 
+def erase(images, probability, seed, step, batch_size, here=slice(None)):
+    """Random erasing (Zhong et al. 2020), pixel by pixel: noise N(0, 1) in a box of 2 to 33 % of an image.
+
+    images (B, C, H, W), normalised; each is erased with the given probability. `here` as in `mix`.
+    """
+    noise = generator(seed, ERASE, step)
+    draw = torch.rand(5, batch_size, generator=noise)[:, here].to(images.device)
+    height, width = (torch.full_like(draw[0], side) for side in images.shape[-2:])
+    box = crop_box(height, width, draw[:4], scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))
+    top, left, h, w = (side[:, None].round() for side in box)
+    y, x = (torch.arange(n, device=images.device) for n in images.shape[-2:])
+    inside = ((y >= top) & (y < top + h))[:, :, None] & ((x >= left) & (x < left + w))[:, None, :]  # (B, H, W)
+    inside &= (draw[4] < probability)[:, None, None]
+    filler = torch.randn(batch_size, *images.shape[1:], generator=noise)[here].to(images)
+    return torch.where(inside[:, None], filler, images)
+
+
 def normalise(images, mean, std):
     """uint8 or 0-255 pixels (B, C, H, W) -> float with mean 0 and deviation 1 over the data set."""
     mean, std = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (mean, std))
@@ -194,6 +213,21 @@ def normalise(images, mean, std):
 # ---------------------------------------------------------------------------------------------
 # Splits
 # ---------------------------------------------------------------------------------------------
+
+
+def balanced(labels, n, seed):
+    """Indices of n samples at random, as many of each class as of any other, or one more: (n,), sorted.
+
+    Raises ValueError if there are not as many.
+    """
+    if n > len(labels):
+        raise ValueError(f"{n} labels were asked for, there are {len(labels)}; ask for fewer")
+    order = torch.randperm(len(labels), generator=generator(seed, SUBSET))
+    place = torch.zeros_like(labels)  # of each sample among those of its class, in that order
+    for label in labels.unique():
+        mine = order[labels[order] == label]
+        place[mine] = torch.arange(len(mine))
+    return order[place[order].argsort(stable=True)[:n]].sort().values
 
 
 class InMemory:
@@ -211,6 +245,12 @@ class InMemory:
 
     def __len__(self):
         return len(self.labels)
+
+    def subset(self, n, seed):
+        """A part of n samples, the same number of each class (or one more)."""
+        keep = balanced(self.labels, n, seed)
+        which = keep % len(self.images)
+        return InMemory(self.images[which], self.labels[keep], self.mean, self.std, self.sizes[which])
 
     def to(self, device):
         self.images, self.labels, self.sizes = (v.to(device) for v in (self.images, self.labels, self.sizes))
@@ -245,6 +285,26 @@ class InMemory:
             yield normalise(images, self.mean, self.std), self.labels[index]
 
 
+class Features:
+    """What a frozen encoder said of each image: features (n, D), labels (n,). Batches as of `InMemory`."""
+
+    unreadable = {}
+
+    def __init__(self, features, labels):
+        self.features, self.labels = features, labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def train_batches(self, size, batch_size, steps, seed, crop, device, here=slice(None)):
+        for step in steps:
+            index = batch_indices(len(self), batch_size, step, seed)[here].to(device)
+            yield self.features[index], self.labels[index]
+
+    def test_batches(self, size, batch_size, device, here=slice(None)):
+        yield from zip(self.features[here].split(batch_size), self.labels[here].split(batch_size), strict=True)
+
+
 class Folder(torch.utils.data.Dataset):
     """Images on disk, PATH/CLASS/*.{jpg,png,…}: decoded, cropped and flipped by DataLoader workers.
 
@@ -254,7 +314,7 @@ class Folder(torch.utils.data.Dataset):
     """
 
     def __init__(self, path, mean, std):
-        self.mean, self.std, self.files, self.unreadable = mean, std, [], {}
+        self.mean, self.std, self.files, self.unreadable, self.randaugment = mean, std, [], {}, 0.0
         self.classes = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
         for label, name in enumerate(self.classes):
             files = sorted(str(f) for f in Path(path, name).iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
@@ -267,12 +327,18 @@ class Folder(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.files)
 
+    def subset(self, n, seed):
+        """A part of n files, the same number of each class (or one more)."""
+        part = copy.copy(self)
+        part.files = [self.files[i] for i in balanced(torch.tensor([label for _, label in self.files]), n, seed)]
+        return part
+
     def __getitem__(self, request):
         """(index, size, crop, draw) -> image (3, H, W) uint8, label, and None or (name, reason) if black."""
         index, size, crop, draw = request
         file, label = self.files[index]
         try:
-            return read_image(file, size, crop, draw), label, None
+            return read_image(file, size, crop, draw, self.randaugment), label, None
         except Exception as error:  # whatever a decoder raises for a broken file
             return torch.zeros(3, *size, dtype=torch.uint8), label, (file, str(error) or type(error).__name__)
 
@@ -318,11 +384,11 @@ class Folder(torch.utils.data.Dataset):
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 
-def read_image(file, size, crop, draw):
+def read_image(file, size, crop, draw, magnitude=0.0):
     """Decode an image file, crop it and resize it to size = (H, W): (3, H, W) uint8, RGB.
 
     crop, draw: scale and five numbers for `crop_box` and the flip; None: the middle, 7/8 of the
-    short side (ImageNet's 224 of 256).
+    short side (ImageNet's 224 of 256). magnitude: of `randaugment`, in training.
     """
     with Image.open(file) as image:
         width, height = image.size
@@ -345,7 +411,47 @@ def read_image(file, size, crop, draw):
     image = image.resize(size[::-1], Image.Resampling.BICUBIC, box)
     if crop and draw[0] < 0.5:
         image = ImageOps.mirror(image)
+    if crop and magnitude:
+        image = randaugment(image, magnitude, random.Random(str(draw)))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+# RandAugment's operations: (image, strength in [0, 1], sign -1 or 1) -> image.
+OPERATIONS = (
+    lambda i, s, sign: ImageOps.autocontrast(i),
+    lambda i, s, sign: ImageOps.equalize(i),
+    lambda i, s, sign: ImageOps.invert(i),
+    lambda i, s, sign: ImageOps.posterize(i, 4 - int(4 * s) or 1),
+    lambda i, s, sign: ImageOps.solarize(i, 256 - int(256 * s)),
+    lambda i, s, sign: ImageEnhance.Color(i).enhance(1 + 0.9 * sign * s),
+    lambda i, s, sign: ImageEnhance.Contrast(i).enhance(1 + 0.9 * sign * s),
+    lambda i, s, sign: ImageEnhance.Brightness(i).enhance(1 + 0.9 * sign * s),
+    lambda i, s, sign: ImageEnhance.Sharpness(i).enhance(1 + 0.9 * sign * s),
+    lambda i, s, sign: i.rotate(30 * sign * s, Image.Resampling.BICUBIC, fillcolor=GREY),
+    lambda i, s, sign: shift(i, x_of_y=0.3 * sign * s),
+    lambda i, s, sign: shift(i, y_of_x=0.3 * sign * s),
+    lambda i, s, sign: shift(i, x=0.45 * sign * s * i.width),
+    lambda i, s, sign: shift(i, y=0.45 * sign * s * i.height),
+)
+GREY = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
+
+
+def shift(image, x=0.0, y=0.0, x_of_y=0.0, y_of_x=0.0):
+    """Translate by pixels, or shear."""
+    matrix = (1, x_of_y, x, y_of_x, 1, y)
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=GREY)
+
+
+def randaugment(image, magnitude, rng):
+    """RandAugment (Cubuk et al. 2020), as MAE fine-tunes with: two operations, each with probability 1/2.
+
+    magnitude out of 10, with a deviation of 0.5; rng: a random.Random.
+    """
+    for operation in rng.choices(OPERATIONS, k=2):
+        strength = min(max(rng.gauss(magnitude, 0.5), 0), 10) / 10
+        if rng.random() < 0.5:
+            image = operation(image, strength, rng.choice((-1, 1)))
+    return image
 
 
 def to_rgb(image):
@@ -454,7 +560,7 @@ def photos(size=(224, 224)):
     statistics = IMAGENET_MEAN, IMAGENET_STD
     train = InMemory(images[0], labels.repeat(64), *statistics, sizes)  # 1024 crops are called an epoch
     test = InMemory(images[1], labels.repeat_interleave(4), *statistics)
-    return Dataset("photos", [name.split(".")[0] for name in PHOTOS], *statistics, None, train, test)
+    return Dataset("photos", [name.split(".")[0] for name in PHOTOS], *statistics, train, test)
 
 
 def fashion_mnist(folder):
@@ -465,7 +571,7 @@ def fashion_mnist(folder):
         images = read_idx(folder, f"{split}-images-idx3-ubyte.gz", 16, (n, 1, 28, 28))
         labels = read_idx(folder, f"{split}-labels-idx1-ubyte.gz", 8, (n,))
         splits.append(InMemory(images, labels.long(), *statistics))
-    return Dataset("fashion-mnist", FASHION_MNIST, *statistics, 28, *splits)
+    return Dataset("fashion-mnist", FASHION_MNIST, *statistics, *splits)
 
 
 def read_idx(folder, name, header, shape):
@@ -503,7 +609,7 @@ def cifar(name, data_dir):
             splits.append(InMemory(torch.tensor(images), torch.tensor(labels).long(), *statistics))
     except (OSError, EOFError, zlib.error, ValueError, KeyError, tarfile.TarError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it and run again") from None
-    return Dataset(name, read[names].decode().split(), *statistics, 32, *splits)
+    return Dataset(name, read[names].decode().split(), *statistics, *splits)
 
 
 def folder(path):
@@ -520,7 +626,7 @@ def folder(path):
         )
     if not train.classes:
         raise ValueError(f"no class in {path / 'train'}; it needs a folder for each class")
-    return Dataset(f"folder:{path}", train.classes, IMAGENET_MEAN, IMAGENET_STD, None, train, test)
+    return Dataset("folder", train.classes, IMAGENET_MEAN, IMAGENET_STD, train, test)
 
 
 def fetch(folder, name, url, md5):

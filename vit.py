@@ -208,20 +208,21 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two linear maps with a GELU between them, on every token alone: (B, T, D) -> (B, T, D).
 
-    gelu: "none" is the exact GELU x·Φ(x) (timm, MAE, HPM); "tanh" is the approximation that
-    Google's JAX code uses, needed for equal logits with its weights.
+    gelu: "none" is the exact GELU x·Φ(x) (timm, MAE, HPM). With weights that were trained so, equal
+    outputs need their approximation: "tanh" (Google's JAX code) or "quick", x·σ(1.702 x) (CLIP).
     """
 
     def __init__(self, dim, hidden, dropout=0.0, gelu="none"):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
-        self.act = nn.GELU(approximate=gelu)
+        self.gelu = gelu
         self.fc2 = nn.Linear(hidden, dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, z):
-        hidden = self.dropout(self.act(self.fc1(z)))  # (B, T, mlp_ratio * D)
-        return self.dropout(self.fc2(hidden))
+        h = self.fc1(z)  # (B, T, mlp_ratio * D)
+        h = h * torch.sigmoid(1.702 * h) if self.gelu == "quick" else F.gelu(h, approximate=self.gelu)
+        return self.dropout(self.fc2(self.dropout(h)))
 
 
 class DropPath(nn.Module):
@@ -248,11 +249,11 @@ class Block(nn.Module):
     LayerNorm comes before each branch (pre-norm); the residual path itself is never normalised.
     """
 
-    def __init__(self, dim, num_heads, mlp_ratio=4, dropout=0.0, drop_path=0.0, gelu="none", fused=True):
+    def __init__(self, dim, num_heads, mlp_ratio=4, dropout=0.0, drop_path=0.0, gelu="none", fused=True, eps=1e-6):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps)
         self.attn = Attention(dim, num_heads, dropout, fused)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps)
         self.mlp = MLP(dim, int(dim * mlp_ratio), dropout, gelu)
         self.drop_path = DropPath(drop_path)
 
@@ -282,7 +283,9 @@ class ViT(nn.Module):
     class_token  False leaves it out; only with pool="mean"
     dropout      after every dense layer but qkv, and after adding positions (appendix B.1)
     drop_path    stochastic depth, rising linearly from 0 at the first block to this at the last
-    gelu         "none" or "tanh", see `MLP`
+    gelu         "none", "tanh" or "quick", see `MLP`
+    pre_norm     one more LayerNorm, before the first block (CLIP)
+    eps          of all LayerNorms: 1e-6 in ViT, MAE and HPM, 1e-5 in CLIP
     fused        False writes attention out as eq. 6 and 7 instead of calling the fused kernel
 
     Raises ValueError for sizes that do not fit each other.
@@ -291,7 +294,7 @@ class ViT(nn.Module):
     def __init__(
         self, img_size=224, patch_size=16, in_chans=3, num_classes=1000, dim=768, depth=12, num_heads=12,
         mlp_ratio=4, pool="cls", head="linear", pos_embed="learned", class_token=True,
-        dropout=0.0, drop_path=0.0, gelu="none", fused=True,
+        dropout=0.0, drop_path=0.0, gelu="none", pre_norm=False, eps=1e-6, fused=True,
     ):  # fmt: skip
         super().__init__()
         if not class_token and pool == "cls":
@@ -309,10 +312,11 @@ class ViT(nn.Module):
         else:
             self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix + math.prod(self.grid), dim))
         self.dropout = nn.Dropout(dropout)
+        self.norm_pre = nn.LayerNorm(dim, eps) if pre_norm else nn.Identity()
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, dropout, rate, gelu, fused) for rate in rates)
-        self.norm = nn.LayerNorm(dim, eps=1e-6) if pool == "cls" else nn.Identity()
-        self.fc_norm = nn.LayerNorm(dim, eps=1e-6) if pool == "mean" else nn.Identity()
+        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, dropout, rate, gelu, fused, eps) for rate in rates)
+        self.norm = nn.LayerNorm(dim, eps) if pool == "cls" else nn.Identity()
+        self.fc_norm = nn.LayerNorm(dim, eps) if pool == "mean" else nn.Identity()
         self.pre_logits = nn.Sequential()  # stays empty (the identity) for the linear head
         if head == "mlp":
             self.pre_logits.add_module("fc", nn.Linear(dim, dim))
@@ -341,7 +345,7 @@ class ViT(nn.Module):
         if self.cls_token is not None:
             x_class = self.cls_token + self.pos_embed[:, :1]  # (1, 1, D)
             z = torch.cat([x_class.expand(len(z), -1, -1).to(z.dtype), z], dim=1)
-        return self.dropout(z)
+        return self.norm_pre(self.dropout(z))
 
     def encode(self, images, visible=None, inside=None):
         """All tokens after the last block: z_L (B, T, D), through LN when pool="cls"."""

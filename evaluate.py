@@ -1,0 +1,222 @@
+"""What a model is worth: scores, transfer by frozen features, figures.
+
+    evaluate               loss and accuracy of a classifier
+    evaluate_pretraining   reconstruction loss of a masked autoencoder, and whether HPM knows its own
+    extract, …             frozen features, for the linear probe and for nearest neighbours
+    plot_curves, …         curves.png and masks.png of a run
+
+`config` is the configuration of a run, see train.py: task, device, dtype, img_size, micro_batch, seed and so on.
+"""
+
+import json
+import math
+import os
+
+import matplotlib
+import torch
+from matplotlib import pyplot as plt
+from torch import nn
+from torch.nn import functional as F
+
+import data
+import hpm
+import vit
+
+matplotlib.use("Agg")  # figures go to files; no screen is needed
+
+# ---------------------------------------------------------------------------------------------
+# Scores
+# ---------------------------------------------------------------------------------------------
+
+
+def autocast(config):
+    return torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16")
+
+
+@torch.inference_mode()
+def evaluate(model, split, config):
+    """Scores over a split, every image once: loss, top-1 and, above 10 classes, top-5 accuracy in %."""
+    total = torch.zeros(4, device=config.device)  # images, loss, top-1, top-5
+    for images, labels in test_batches(model, split, config):
+        with autocast(config):
+            logits = model(images).float()
+        read = labels >= 0  # -1 marks an image that could not be decoded
+        hits = (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]) & read[:, None]  # (b, 5)
+        loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
+        total += torch.stack([read.sum(), loss, hits[:, 0].sum(), hits.sum()])
+    n, loss, top1, top5 = total.tolist()
+    scores = {"test_loss": loss / n, "top1": 100 * top1 / n, "top5": 100 * top5 / n}
+    return scores if logits.shape[1] > 10 else {k: v for k, v in scores.items() if k != "top5"}
+
+
+@torch.inference_mode()
+def evaluate_pretraining(model, split, config):
+    """Reconstruction loss, and rank correlation of predicted and true loss, under random masks that stay the same."""
+    noise = data.generator(config.seed, data.MASK, config.steps, device=config.device)
+    total = torch.zeros(3, device=config.device)  # images, rec, correlation
+    for images, _ in test_batches(model, split, config):
+        with autocast(config):
+            out = model(images, 0.0, noise)
+        total += len(images) * torch.stack(
+            [torch.ones_like(out["rec"]), out["rec"], out.get("correlation", out["rec"])]
+        )
+    n, rec, correlation = total.tolist()
+    return {"test_rec": rec / n} | ({"test_correlation": correlation / n} if "correlation" in out else {})
+
+
+def test_batches(model, split, config):
+    """The batches of a split, the model in evaluation mode while they last."""
+    model.eval()
+    yield from split.test_batches(config.img_size, config.micro_batch, torch.device(config.device))
+    model.train()
+
+
+# ---------------------------------------------------------------------------------------------
+# Transfer by frozen features
+# ---------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def extract(model, split, config):
+    """The frozen representation of every image that can be read: features (n, D), labels (n,)."""
+    features, labels = [], []
+    for images, targets in test_batches(model, split, config):
+        with autocast(config):
+            features.append(model(images).float()[targets >= 0])
+        labels.append(targets[targets >= 0])
+    return torch.cat(features), torch.cat(labels)
+
+
+@torch.inference_mode()
+def nearest_neighbours(train, test, classes, k=20, temperature=0.07):
+    """Top-1 accuracy in % of a weighted vote of the k most similar training images (DINO, section 4.1).
+
+    train, test: features (n, D) and labels (n,). A neighbour votes with exp(cosine similarity / temperature).
+    """
+    features, labels = F.normalize(train[0], dim=1), train[1]
+    hits = 0
+    for query, truth in zip(F.normalize(test[0], dim=1).split(500), test[1].split(500), strict=True):
+        similarity, index = (query @ features.T).topk(min(k, len(features)), dim=1)  # (b, k)
+        votes = torch.zeros(len(query), classes, device=query.device)
+        votes.scatter_add_(1, labels[index], (similarity / temperature).exp())
+        hits += (votes.argmax(dim=1) == truth).sum()
+    return 100 * hits.item() / len(test[1])
+
+
+class LinearProbe(nn.Module):
+    """A frozen encoder, BatchNorm without parameters, a linear layer: only the last one learns (MAE, appendix A.1)."""
+
+    def __init__(self, encoder, dim, classes):
+        super().__init__()
+        self.encoder = encoder.requires_grad_(False)
+        self.norm = nn.BatchNorm1d(dim, affine=False, eps=1e-6)
+        self.head = nn.Linear(dim, classes)
+        nn.init.zeros_(self.head.weight)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    def forward(self, images):
+        with torch.no_grad():
+            y = self.encoder(images)
+        return self.head(self.norm(y.float()))
+
+
+def linear_probe(encoder, dataset, config):
+    """The probe and its data: the features, computed once, if they fit in half of the free memory, else the images."""
+    dim = encoder.pos_embed.shape[-1]
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 4 * dim * len(dataset.train) > free / 2:
+        return LinearProbe(encoder, dim, len(dataset.classes)).to(config.device), dataset
+    train, test = (data.Features(*extract(encoder, split, config)) for split in (dataset.train, dataset.test))
+    return LinearProbe(nn.Identity(), dim, len(dataset.classes)).to(config.device), dataset._replace(
+        train=train, test=test
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------
+
+CURVES = {  # axis: what is drawn there, training first
+    "cross-entropy (nats)": (("loss", "training"), ("test_loss", "test")),
+    "accuracy (%)": (("top1", "top-1"), ("top5", "top-5")),
+    "reconstruction loss": (("rec", "training"), ("test_rec", "test, random masks")),
+    "rank correlation of predicted and true loss": (
+        ("correlation", "training"),
+        ("test_correlation", "test, random masks"),
+    ),
+}
+
+
+def plot_curves(out, config):
+    """Draw log.jsonl into curves.png."""
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    titles = list(CURVES)[2:] if "rec" in log[-1] else list(CURVES)[:2]
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for axes, title in zip(panels, titles, strict=True):
+        for (name, label), color in zip(CURVES[title], ("#0072B2", "#D55E00"), strict=True):
+            points = [(line["step"], line[name]) for line in log if name in line]
+            if points:
+                axes.plot(*zip(*points, strict=True), ".-" if len(points) < 30 else "-", color=color, label=label)
+                axes.legend(frameon=False)
+        axes.set_xlabel("step")
+        axes.set_ylabel(title)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    figure.savefig(out / "curves.png", dpi=120)
+    plt.close(figure)
+
+
+@torch.inference_mode()
+def plot_masks(out, config, model, dataset, alpha):
+    """Draw masks.png: test images, the teacher's predicted loss, the mask drawn from it, the reconstruction."""
+    split, noise = dataset.test, data.generator(config.seed, data.MASK, 0, device=config.device)
+    rows = range(0, len(split), math.ceil(len(split) / 6))
+    images, _ = next(
+        split.test_batches(
+            config.img_size, len(rows), torch.device(config.device), slice(rows.start, rows.stop, rows.step)
+        )
+    )
+    model.eval()
+    with autocast(config):
+        seen = model(images, alpha, noise)
+    model.train()
+    patch_size, grid = model.student.encoder.patch_size, model.student.encoder.grid
+    patches = vit.patchify(images, patch_size)  # (b, N, P*P*C)
+    hidden = seen["hidden"][..., None].expand(-1, -1, patches.shape[-1])  # (b, n, P*P*C)
+    columns = {"image": images}
+    if seen["teacher_loss"] is not None:
+        columns["predicted loss"] = images
+    columns["mask"] = vit.unpatchify(patches.scatter(1, hidden, 0.0), patch_size, grid)
+    if config.target in ("pixels", "norm-pixels"):
+        prediction, title = seen["prediction"].float(), "reconstruction"
+        if config.target == "norm-pixels":
+            _, mean, deviation = hpm.normalise_patches(patches.gather(1, hidden))
+            prediction, title = (
+                prediction * deviation + mean,
+                "reconstruction, with the true\nmean and deviation of each patch",
+            )
+        columns[title] = vit.unpatchify(patches.scatter(1, hidden, prediction), patch_size, grid)
+
+    figure, axes = plt.subplots(
+        len(images), len(columns), figsize=(2 * len(columns), 2 * len(images)), layout="constrained", squeeze=False
+    )
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (dataset.mean, dataset.std))
+    for column, (title, pictures) in enumerate(columns.items()):
+        axes[0, column].set_title(title, fontsize=9)
+        for row, picture in enumerate(pictures.float().cpu()):
+            panel, pixels = axes[row, column], (picture * std + mean).clamp(0, 1).permute(1, 2, 0)
+            panel.axis("off")
+            if title == "predicted loss":
+                panel.imshow(pixels.mean(dim=-1), cmap="gray", vmin=0, vmax=1)
+                heat = seen["teacher_loss"][row].float().reshape(grid).cpu()
+                panel.imshow(
+                    heat, cmap="viridis", alpha=0.65, extent=(-0.5, pixels.shape[1] - 0.5, pixels.shape[0] - 0.5, -0.5)
+                )
+            else:
+                panel.imshow(pixels, cmap="gray", vmin=0, vmax=1)
+    figure.savefig(out / "masks.png", dpi=100)
+    plt.close(figure)

@@ -1,0 +1,623 @@
+"""Train: one loop for every task.
+
+    python train.py --arch vit_b16                              ViT-B/16 on photographs, nothing to download
+    python train.py --arch vit_micro4 --data fashion-mnist      a small ViT, to the end, on a laptop
+    python train.py --task hpm --arch vit_micro4 --data fashion-mnist
+    python train.py --task linear --arch vit_micro4 --data fashion-mnist --init runs/…/last.pt
+
+Tasks: supervised, from scratch; mae and hpm, pre-training without labels; finetune, linear and knn measure what
+pre-training was good for. From top to bottom: recipes, command line, models and their optimizer, evaluation, the
+run folder and its figures, the loop.
+"""
+
+import argparse
+import difflib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from itertools import count, takewhile
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import data
+import hpm
+import vit
+from evaluate import (
+    autocast,
+    evaluate,
+    evaluate_pretraining,
+    extract,
+    linear_probe,
+    nearest_neighbours,
+    plot_curves,
+    plot_masks,
+)
+
+# ---------------------------------------------------------------------------------------------
+# Recipes: what a flag is when it is not given
+# ---------------------------------------------------------------------------------------------
+
+# lr is for 256 images: the peak learning rate is lr * batch size / 256. warmup is a share of the run.
+# crop: the pad of a padded crop, or the scale of a random resized crop, or None.
+SMALL = dict(batch_size=128, warmup=0.1, weight_decay=0.05)
+RECIPES = {
+    # The ViT paper's for ImageNet-1k: table 3, 3e-3 for a batch of 4096, warm-up 10k of about 94k steps.
+    ("supervised", "folder"): dict(
+        epochs=300, batch_size=4096, lr=3e-3 / 16, warmup=0.107, weight_decay=0.3, dropout=0.1, crop=(0.08, 1.0)
+    ),
+    ("supervised", "photos"): dict(
+        steps={"cpu": 24, "cuda": 600}, batch_size=8, lr=3e-3, warmup=0.2, weight_decay=0.05, crop=(0.08, 1.0)
+    ),
+    ("supervised", "fashion-mnist"): SMALL | dict(epochs=24, lr=4e-3, crop=0),
+    ("supervised", "cifar"): SMALL | dict(epochs=100, lr=2e-3, crop=4),
+    # MAE's and HPM's (MAE, table 8; HPM, section 4).
+    ("pretrain", "folder"): dict(
+        epochs=800, batch_size=4096, lr=1.5e-4, warmup=0.05, weight_decay=0.05, crop=(0.2, 1.0)
+    ),
+    ("pretrain", "photos"): dict(
+        steps={"cpu": 24, "cuda": 600}, batch_size=8, lr=4e-3, warmup=0.1, weight_decay=0.05, crop=(0.2, 1.0)
+    ),
+    ("pretrain", "fashion-mnist"): SMALL | dict(epochs=24, lr=2e-3, crop=(0.2, 1.0)),
+    ("pretrain", "cifar"): SMALL | dict(epochs=200, lr=2e-3, crop=(0.2, 1.0)),
+    # MAE's for ViT-B (table 9), with HPM's layer decay.
+    ("finetune", "folder"): dict(
+        epochs=100, batch_size=1024, lr=5e-4, warmup=0.05, weight_decay=0.05, crop=(0.08, 1.0), layer_decay=0.8,
+        drop_path=0.1, mixup=0.8, cutmix=1.0, smoothing=0.1, erasing=0.25, randaugment=9.0,
+    ),
+    ("finetune", "photos"): dict(
+        steps={"cpu": 24, "cuda": 600}, batch_size=8, lr=4e-3, warmup=0.2, weight_decay=0.05, crop=(0.08, 1.0),
+        layer_decay=0.8,
+    ),
+    ("finetune", "fashion-mnist"): SMALL | dict(epochs=8, lr=2e-3, crop=0, layer_decay=0.8),
+    ("finetune", "cifar"): SMALL | dict(epochs=50, lr=2e-3, crop=4, layer_decay=0.8),
+    # MAE's (table 10), with SGD in place of LARS.
+    ("linear", "any"): dict(epochs=90, batch_size=1024, lr=0.1, warmup=0.1, weight_decay=0.0, crop=None),
+    ("knn", "any"): dict(steps={"cpu": 0, "cuda": 0}, batch_size=256, lr=0.0, warmup=0.0, weight_decay=0.0, crop=None),
+}  # fmt: skip
+# The ViT paper's fine-tuning (table 4), with --optimizer sgd: these replace what stands above.
+SGD_FINETUNE = dict(
+    batch_size=512, lr=0.003 / 2, weight_decay=0.0, layer_decay=1.0, drop_path=0.0, mixup=0.0, cutmix=0.0,
+    smoothing=0.0, erasing=0.0, randaugment=0.0, pool="cls",
+)  # fmt: skip
+OFF = dict(
+    dropout=0.0, drop_path=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0, erasing=0.0, randaugment=0.0, layer_decay=1.0
+)
+BETAS = {"mae": (0.9, 0.95), "hpm": (0.9, 0.95)}  # else (0.9, 0.999)
+CLIP = 1.0  # global gradient norm (ViT, appendix B.1)
+EVALUATIONS = 10  # of a run that has more epochs than that
+SAVE_EVERY = 600  # seconds
+
+# ---------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------
+
+PRETRAINING = ("mae", "hpm")
+CHOICES = {
+    "task": ("supervised", *PRETRAINING, "finetune", "linear", "knn"),
+    "arch": tuple(vit.ARCHS),
+    "device": ("cuda", "cpu"),
+    "dtype": ("float32", "bfloat16"),
+    "decay": ("cosine", "linear"),
+    "pool": ("cls", "mean"),
+    "optimizer": ("adamw", "sgd"),
+    "mask": ("random", "block", "grid", "hard"),
+    "predictor_loss": ("relative", "absolute", "none"),
+    "target": hpm.TARGETS,
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line instead of the usage
+        self.exit(2, f"error: {message}; see python train.py --help\n")
+
+
+def parse(argv):
+    """The command line; flags that were not given are None."""
+    parser = Parser(description="Train Vision Transformers.", allow_abbrev=False, usage="train.py [--FLAG VALUE …]")
+    add = parser.add_argument
+    add("--task", metavar="T", help=" | ".join(CHOICES["task"]))
+    add("--arch", metavar="A", help="vit_{ti,s,b,l,h}{8,14,16,32} | vit_micro4; default vit_b16")
+    add("--data", metavar="D", help=f"{' | '.join(data.NAMES)}; default photos")
+    add("--data-dir", metavar="DIR", help="where data files are and go; default $VIT_DATA, else data/")
+    add("--labels", metavar="N", type=int, help="use N training images alone, the same number of each class")
+    add("--init", metavar="PATH", help="weights to start from")
+    add("--out", metavar="DIR", help="run folder; default runs/TASK-ARCH-DATA")
+    add("--overwrite", action="store_true", help="replace the run that is in --out")
+    add("--resume", action="store_true", help="go on with the run that is in --out")
+    add("--img-size", metavar="PX", type=image_size, help="224, or HxW as 192x256; default the data's own, else 224")
+    add("--epochs", metavar="N", type=float, help="length of the run in epochs …")
+    add("--steps", metavar="N", type=int, help="… or in steps")
+    add("--batch-size", metavar="B", type=int, help="images a step")
+    add("--micro-batch", metavar="M", type=int, help="images at a time; gradients of B/M of them are added up")
+    add("--optimizer", metavar="O", help="adamw | sgd (the ViT paper's fine-tuning); default adamw, linear: sgd")
+    add("--lr", type=float, help="peak learning rate; default the recipe's for 256 images, times B/256")
+    add("--warmup", metavar="STEPS", type=int, help="steps of linear warm-up")
+    add("--decay", metavar="D", help="cosine | linear; default cosine")
+    add("--layer-decay", metavar="F", type=float, help="learning rate of a layer over that of the next one, in (0, 1]")
+    add("--weight-decay", metavar="W", type=float, help="decoupled; none on biases, norms, tokens and positions")
+    add("--dropout", metavar="P", type=float, help="this and the next three in [0, 1); default the recipe's")
+    add("--drop-path", metavar="P", type=float, help="stochastic depth")
+    add("--smoothing", metavar="P", type=float, help="label smoothing")
+    add("--erasing", metavar="P", type=float, help="random erasing")
+    add("--mixup", metavar="A", type=float, help="parameter of its Beta distribution, 0 is off")
+    add("--cutmix", metavar="A", type=float, help="the same for CutMix")
+    add("--randaugment", metavar="M", type=float, help="magnitude of RandAugment, up to 10, 0 is off; folder: only")
+    add("--pool", metavar="P", help="cls | mean; default cls, finetune: mean")
+    add("--mask-ratio", metavar="R", type=float, help="mae, hpm: hidden share of the patches; default 0.75")
+    add("--mask", metavar="M", help="random | block | grid | hard; default hard for hpm, random for mae")
+    add("--alpha", metavar="A0,AT", type=pair, help="share of hard patches at start and end; default 0,0.5")
+    add("--predictor-loss", metavar="L", help="relative | absolute | none; default relative for hpm, none for mae")
+    add("--target", metavar="T", help=f"{' | '.join(hpm.TARGETS)}; default pixels")
+    add("--target-weights", metavar="PATH", help="of the frozen ViT for the targets dino and clip")
+    add("--seed", type=int, help="default 0")
+    add("--device", metavar="D", help="cuda | cpu; default cuda where there is one")
+    add("--dtype", metavar="T", help="float32 | bfloat16; default bfloat16 on cuda")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default on cuda")
+    return parser.parse_args(argv)
+
+
+def image_size(text):
+    """224 or 192x256 -> (H, W)."""
+    sides = [int(side) for side in text.split("x")]
+    if len(sides) > 2 or min(sides) < 1:
+        raise ValueError
+    return sides[0], sides[-1]
+
+
+def pair(text):
+    """0,0.5 -> (0.0, 0.5)."""
+    first, second = (float(number) for number in text.split(","))
+    return first, second
+
+
+def configure(given):
+    """Complete the command line from the recipe, and load the data: config, dataset.
+
+    Raises ValueError for what does not fit, before anything is written.
+    """
+    config = argparse.Namespace(**{k: v for k, v in vars(given).items() if k not in ("out", "overwrite", "resume")})
+
+    def default(**values):
+        for name, value in values.items():
+            if getattr(config, name, None) is None:
+                setattr(config, name, value)
+
+    default(task="supervised", arch="vit_b16", data="photos", seed=0, decay="cosine")
+    default(device="cuda" if torch.cuda.is_available() else "cpu")
+    default(dtype="bfloat16" if config.device == "cuda" else "float32", compile=config.device == "cuda")
+    hard, features = config.task == "hpm", config.target in ("ema", "dino", "clip")
+    default(mask="hard" if hard else "random", predictor_loss="relative" if hard else "none", mask_ratio=0.75)
+    default(target="pixels", alpha=(0.0, 0.2 if features else 0.5))
+    default(
+        optimizer="sgd" if config.task == "linear" else "adamw", pool="mean" if config.task == "finetune" else "cls"
+    )
+    check(config)
+
+    patch_size = vit.ARCHS[config.arch]["patch_size"]
+    native = data.NATIVE_SIZE.get(config.data, 32 if patch_size < 8 else 224)
+    default(img_size=(native, native) if native % patch_size == 0 else (224, 224))
+    grid = vit.patch_grid(*config.img_size, patch_size)
+    if config.task in PRETRAINING:
+        hpm.count_hidden(math.prod(grid), config.mask_ratio)
+    dataset = load_dataset(config)
+
+    task = "pretrain" if config.task in PRETRAINING else config.task
+    name = "any" if task in ("linear", "knn") else dataset.name.rstrip("01")  # cifar10, cifar100: cifar
+    recipe = OFF | RECIPES[task, name] | (SGD_FINETUNE if (task, config.optimizer) == ("finetune", "sgd") else {})
+    default(**{name: recipe[name] for name in ("batch_size", "weight_decay", "crop", *OFF)})
+    default(micro_batch=config.batch_size, lr=recipe["lr"] * config.batch_size / 256)
+    if config.batch_size % config.micro_batch:
+        raise ValueError(
+            f"--micro-batch {config.micro_batch} does not divide --batch-size {config.batch_size}; use a divisor of it"
+        )
+    if config.steps is None and config.epochs is None and "steps" in recipe:
+        config.steps = recipe["steps"][config.device]
+    if config.steps is None:
+        default(epochs=recipe.get("epochs"))
+        config.steps = math.ceil(config.epochs * len(dataset.train) / config.batch_size)
+    default(warmup=round(recipe["warmup"] * config.steps))
+    return config, dataset
+
+
+def load_dataset(config):
+    """The data of a run; with --labels, a part of its training images."""
+    dataset = data.load(config.data, config.img_size, config.data_dir)
+    dataset.train.randaugment = config.randaugment
+    if config.labels:
+        dataset = dataset._replace(train=dataset.train.subset(config.labels, config.seed))
+    return dataset
+
+
+RANGES = (
+    ("epochs steps batch_size micro_batch lr labels", lambda v: 0 < v < math.inf, "a number above 0"),
+    ("warmup weight_decay mixup cutmix seed", lambda v: 0 <= v < math.inf, "a number of at least 0"),
+    ("dropout drop_path smoothing erasing", lambda v: 0 <= v < 1, "a probability in [0, 1)"),
+    ("randaugment", lambda v: 0 <= v <= 10, "a magnitude from 0 to 10"),
+    ("layer_decay", lambda v: 0 < v <= 1, "a factor in (0, 1]"),
+    ("alpha", lambda v: all(0 <= a <= 1 for a in v), "two shares in [0, 1], as 0,0.5"),
+)
+
+
+def check(config):
+    """Raise ValueError for a flag with an unknown name or a number out of its range, and for flags at odds."""
+    for flag, allowed in CHOICES.items():
+        value = getattr(config, flag)
+        if value not in allowed:
+            near = difflib.get_close_matches(value, allowed, n=1, cutoff=0)[0]
+            flag = flag.replace("_", "-")
+            raise ValueError(f"unknown --{flag} {value!r}; did you mean {near}? There are {', '.join(allowed)}")
+    for names, allowed, what in RANGES:
+        for name in names.split():
+            value = getattr(config, name)
+            if value is not None and not allowed(value):
+                raise ValueError(f"--{name.replace('_', '-')} {value} is out of range; give {what}")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but PyTorch finds no GPU; use --device cpu")
+    if config.epochs and config.steps:
+        raise ValueError("--epochs and --steps both set the length of the run; give one of them")
+    if config.task in ("linear", "knn", "finetune") and not config.init:
+        raise ValueError(f"--task {config.task} measures weights: give some with --init, as runs/hpm-…/last.pt")
+    if config.task in PRETRAINING and config.target in ("dino", "clip") and not config.target_weights:
+        raise ValueError(f"--target {config.target} needs the weights of that model: give them with --target-weights")
+    if config.randaugment and not config.data.startswith("folder:"):
+        raise ValueError("--randaugment works on folder:PATH data alone; leave it out")
+
+
+# ---------------------------------------------------------------------------------------------
+# Models, their optimizer, their schedule
+# ---------------------------------------------------------------------------------------------
+
+
+def build(config, dataset):
+    """The model of a run, weights loaded. Raises ValueError if they do not fit."""
+    channels, classes = len(dataset.mean), len(dataset.classes)
+    if config.task in PRETRAINING:
+        options = dict(mask=config.mask, mask_ratio=config.mask_ratio)
+        if config.target in ("dino", "clip"):
+            options["frozen"] = hpm.load_frozen(config.target, config.arch, config.img_size, config.target_weights)
+        model = hpm.create(config.arch, config.img_size, channels, config.target, config.predictor_loss, **options)
+        encoder = model.student.encoder
+    else:
+        classes = classes if config.task in ("supervised", "finetune") else 0
+        model = encoder = vit.create(
+            config.arch, config.img_size, classes, channels,
+            pool=config.pool, dropout=config.dropout, drop_path=config.drop_path,
+        )  # fmt: skip
+    if config.init:
+        for note in vit.load_weights(encoder, config.init):
+            print(f"{config.init}: {note}")
+    if config.task in PRETRAINING and model.teacher is not None:
+        hpm.ema_update(model.teacher, model.student, 0.0)  # the teacher starts as the student
+    return model
+
+
+def build_optimizer(model, config):
+    """AdamW or SGD with momentum 0.9, weight decay on matrices alone, a learning rate for each layer."""
+    groups = {}
+    depth = 1 + max(
+        [int(name.split(".")[1]) for name, _ in model.named_parameters() if name.startswith("blocks.")] or [0]
+    )
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decay = config.weight_decay if p.ndim > 1 and not name.endswith(("token", "pos_embed")) else 0.0
+            scale = config.layer_decay ** (depth + 1 - layer_number(name, depth))
+            groups.setdefault((decay, scale), []).append(p)
+    groups = [dict(params=ps, weight_decay=decay, scale=scale) for (decay, scale), ps in groups.items()]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=BETAS.get(config.task, (0.9, 0.999)), fused=True)
+
+
+def layer_number(name, depth):
+    """0 for what comes before the blocks, i + 1 for block i, depth + 1 for what comes after them."""
+    if name.startswith(("patch_embed", "cls_token", "pos_embed", "norm_pre")):
+        return 0
+    return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
+
+
+def learning_rate(step, steps, peak, warmup, decay="cosine"):
+    """Linear warm-up over `warmup` steps, then cosine or linear decay that would reach 0 at `steps`.
+
+    step counts from 0. ViT, appendix B.1.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)  # in [0, 1)
+    return peak * (1 - progress if decay == "linear" else (1 + math.cos(math.pi * progress)) / 2)
+
+
+def losses_of(model, images, targets, config, step, generator):
+    """What a task minimises, "loss", and what is logged beside it: scalars by name."""
+    if config.task in PRETRAINING:
+        alpha = hpm.hard_fraction(step, config.steps, *config.alpha)
+        out = model(images, alpha, generator)
+        return {name: out[name] for name in ("loss", "rec", "pred", "correlation") if name in out}
+    # Labels (b,) or, after mixup and CutMix, probabilities (b, classes).
+    return {"loss": F.cross_entropy(model(images), targets, label_smoothing=config.smoothing)}
+
+
+# ---------------------------------------------------------------------------------------------
+# The run folder
+# ---------------------------------------------------------------------------------------------
+
+MAY_CHANGE = ("device", "dtype", "compile", "data_dir")  # when a run goes on
+
+
+def default_folders(given):
+    """runs/TASK-ARCH-DATA, then the same with -2, -3, …"""
+    name = "-".join([given.task or "supervised", given.arch or "vit_b16", given.data or "photos"])
+    name = name.replace(":", "-").replace("/", "_")
+    return (Path("runs", f"{name}-{i}" if i > 1 else name) for i in count(1))
+
+
+def new_run(given):
+    """The folder of a new run. Raises ValueError if that would replace another one."""
+    if given.out is None:
+        return next(folder for folder in default_folders(given) if not folder.exists())
+    if (Path(given.out) / "config.json").exists() and not given.overwrite:
+        raise ValueError(
+            f"{given.out} holds a run; --resume continues it, --overwrite replaces it, another --out keeps it"
+        )
+    return Path(given.out)
+
+
+def old_run(given):
+    """The folder and the configuration of the run to resume.
+
+    Raises ValueError if there is none, or if a flag that was given contradicts it.
+    """
+    if given.out is None:
+        there = list(takewhile(Path.exists, default_folders(given)))
+        out = there[-1] if there else next(default_folders(given))
+    else:
+        out = Path(given.out)
+    if not (out / "last.pt").exists():
+        raise ValueError(f"nothing to resume: no {out / 'last.pt'}; check --out, or leave --resume out to start")
+    saved = json.loads((out / "config.json").read_text())
+    saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    for name, value in vars(given).items():
+        if name in saved and value not in (None, saved[name]):
+            if name not in MAY_CHANGE:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"--resume: the run in {out} has {flag} {saved[name]}, not {value}; leave {flag} out")
+            saved[name] = value
+    return out, argparse.Namespace(**saved)
+
+
+def start_log(out, config, checkpoint):
+    """Write config.json, and keep of an older log what the checkpoint knows of."""
+    (out / "config.json").write_text(json.dumps(vars(config), indent=1) + "\n")
+    lines = [line for line in read_log(out) if line["step"] <= checkpoint["step"]] if checkpoint else []
+    (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if not checkpoint:
+        (out / "last.pt").unlink(missing_ok=True)
+
+
+def save(path, content):
+    """Write a checkpoint under another name first, so that the last one is there until this one is whole."""
+    part = path.with_suffix(".part")
+    with part.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def read_log(out):
+    """The objects of log.jsonl."""
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------
+
+
+def train_step(model, optimizer, images, targets, config, step):
+    """One step of the optimizer.
+
+    Returns the losses by name and the norm of the gradient before clipping: scalars that nobody has read yet, so
+    that the host need not wait for the device.
+    """
+    values, share = {}, config.micro_batch / config.batch_size
+    noise = data.generator(config.seed, data.MASK, step, device=config.device)
+    torch.manual_seed(data.generator(config.seed, data.MODEL, step).initial_seed())  # for dropout and stochastic depth
+    for part in zip(images.split(config.micro_batch), targets.split(config.micro_batch), strict=True):
+        with autocast(config):
+            losses = losses_of(model, *part, config, step, noise)
+        (share * losses["loss"]).backward()
+        for name, loss in losses.items():
+            values[name] = values.get(name, 0) + share * loss.detach()
+    values["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    optimizer.step()
+    optimizer.zero_grad()
+    return values
+
+
+def read(pending, done):
+    """The means of what the steps up to `done` returned. Raises FloatingPointError that names the first bad step."""
+    names = list(pending[0])
+    table = torch.stack([value for values in pending for value in values.values()])
+    table = table.view(-1, len(names)).cpu()  # here, and only here, the host waits for the device
+    bad = (~table.isfinite()).any(dim=1).nonzero().flatten().tolist()
+    if bad:
+        found = ", ".join(f"{name} {value}" for name, value in zip(names, table[bad[0]].tolist(), strict=True))
+        raise FloatingPointError(f"step {done - len(pending) + bad[0] + 1} is not finite: {found}")
+    return dict(zip(names, table.mean(dim=0).tolist(), strict=True))
+
+
+def train(config, dataset, model, out, checkpoint):
+    """Run to the end, or until a signal. Returns the number of the signal, or 0.
+
+    Raises FloatingPointError if a loss or a gradient is not finite; last.pt is then from before.
+    """
+    pretraining, teacher = config.task in PRETRAINING, getattr(model, "teacher", None)
+    device = torch.device(config.device)
+    optimizer = build_optimizer(model, config)
+    start, seconds = 0, 0.0
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        start, seconds = checkpoint["step"], checkpoint["seconds"]
+    if config.compile:
+        for block in (m for m in model.modules() if isinstance(m, vit.Block)):
+            block.compile()  # all blocks of a size share one compiled graph
+
+    stop = []  # the signal that asks to stop: the step in progress is finished; a second signal kills
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
+
+    epoch = len(dataset.train) / config.batch_size  # in steps
+    log_every = max(1, min(50, config.steps // 100))
+    eval_every = max(math.ceil(epoch), config.steps // EVALUATIONS)
+    batches = dataset.train.train_batches(
+        config.img_size, config.batch_size, range(start, config.steps), config.seed, config.crop, device
+    )
+    log, pending, saved = (out / "log.jsonl").open("a", buffering=1), [], time.monotonic()
+    clock = time.monotonic()
+    with tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True) as bar:
+        for step, (images, targets) in enumerate(batches, start):
+            line = dict(step=step + 1, epoch=(step + 1) / epoch)
+            line["lr"] = learning_rate(step, config.steps, config.lr, config.warmup, config.decay)
+            for group in optimizer.param_groups:
+                group["lr"] = group["scale"] * line["lr"]
+            if config.mixup or config.cutmix:
+                images, targets = data.mix(
+                    images,
+                    targets,
+                    len(dataset.classes),
+                    config.mixup,
+                    config.cutmix,
+                    config.seed,
+                    step,
+                    config.batch_size,
+                )
+            if config.erasing:
+                images = data.erase(images, config.erasing, config.seed, step, config.batch_size)
+            pending.append(train_step(model, optimizer, images, targets, config, step))
+            if teacher is not None:
+                line |= dict(
+                    alpha=hpm.hard_fraction(step, config.steps, *config.alpha), momentum=hpm.ema_momentum(step / epoch)
+                )
+                hpm.ema_update(teacher, model.student, line["momentum"])
+            bar.update()
+
+            done = step + 1
+            evaluating = done % eval_every == 0 or done == config.steps
+            if not (evaluating or stop or done % log_every == 0):
+                continue
+            line |= read(pending, done)
+            elapsed = time.monotonic() - clock
+            seconds += elapsed
+            line |= dict(seconds=seconds, images_per_second=len(pending) * config.batch_size / elapsed)
+            pending.clear()
+            bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{line['lr']:.1e}")
+            if evaluating:
+                line |= (evaluate_pretraining if pretraining else evaluate)(model, dataset.test, config)
+            log.write(json.dumps(line) + "\n")
+            if evaluating or stop or time.monotonic() - saved > SAVE_EVERY:
+                state = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+                save(out / "last.pt", state | dict(step=done, seconds=seconds, config=vars(config)))
+                plot_curves(out, config)
+                if pretraining:
+                    plot_masks(out, config, model, dataset, line.get("alpha", 0.0))
+                saved = time.monotonic()
+            if stop and done < config.steps:
+                return stop[0]
+            clock = time.monotonic()
+    return 0
+
+
+def finish(config, dataset, out, scores, seconds, params):
+    """Write result.json, and print the same in words."""
+    images = config.steps * config.batch_size
+    result = dict(task=config.task, arch=config.arch, data=config.data, **scores, steps=config.steps)
+    result |= dict(seconds=seconds, images_per_second=images / seconds, params=params)
+    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    for name, split in (("training", dataset.train), ("test", dataset.test)):
+        if split.unreadable:
+            print(f"skipped {len(split.unreadable)} of {len(split):,} {name} images that can't be decoded")
+    words = {
+        "top1": f"{{:.2f}} % top-1 on the test set (chance is {100 / len(dataset.classes):.1f} %)",
+        "top5": "{:.2f} % top-5",
+        "test_rec": "a reconstruction loss of {:.4f} on test images",
+        "test_correlation": "a rank correlation of {:.2f} between predicted and true loss",
+    }
+    reached = ", ".join(text.format(scores[name]) for name, text in words.items() if name in scores)
+    effort = (
+        f"{config.steps:,} steps in {seconds:.0f} s, {images / seconds:.1f} images/s"
+        if config.steps
+        else f"{seconds:.0f} s"
+    )
+    print(f"{config.task}: {config.arch} on {config.data} reached {reached}; {effort}; all in {out}")
+
+
+def describe(config, dataset, params):
+    """What is about to happen, in two lines."""
+    size = "x".join(map(str, config.img_size))
+    return (
+        f"{config.task}: {config.arch}, {params / 1e6:.1f}M parameters, on {config.data}: {len(dataset.classes)} "
+        f"classes, {len(dataset.train):,} training and {len(dataset.test):,} test images of {size} pixels\n"
+        f"{config.steps:,} steps of {config.batch_size} images, peak learning rate {config.lr:.2g}, "
+        f"{config.device}, {config.dtype}"
+    )
+
+
+def main(argv=None):
+    """Returns the exit code: 0 done, 1 something is not finite, 2 bad input, 128 + the number of a signal."""
+    given = parse(argv)
+    try:
+        if given.resume:
+            out, config = old_run(given)
+            dataset = load_dataset(config)
+            checkpoint = torch.load(out / "last.pt", map_location="cpu", weights_only=True)
+        else:
+            config, dataset = configure(given)
+            out, checkpoint = new_run(given), None
+        torch.manual_seed(config.seed)
+        torch.set_float32_matmul_precision("high")  # on CUDA: TF32 for what autocast leaves in float32
+        model = build(config, dataset).to(config.device)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+    params = sum(p.numel() for p in model.parameters())
+    print(describe(config, dataset, params))
+    out.mkdir(parents=True, exist_ok=True)
+    start_log(out, config, checkpoint)
+    try:
+        clock = time.monotonic()
+        if config.task == "knn":
+            features = [extract(model, split, config) for split in (dataset.train, dataset.test)]
+            top1 = nearest_neighbours(*features, len(dataset.classes))
+            finish(config, dataset, out, {"top1": top1}, time.monotonic() - clock, params)
+            return 0
+        if config.task == "linear":
+            model, dataset = linear_probe(model, dataset, config)
+        stopped = train(config, dataset, model, out, checkpoint)
+    except FloatingPointError as error:
+        kept = (
+            f"{out / 'last.pt'} has the last good state" if (out / "last.pt").exists() else "nothing was saved before"
+        )
+        print(f"error: {error}; {kept}; try a lower --lr", file=sys.stderr)
+        return 1
+    except data.UnreadableImages as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if stopped:
+        print(f"stopped; go on with: python train.py --resume --out {out}")
+        return 128 + stopped
+    last = read_log(out)[-1]
+    scores = {name: last[name] for name in ("top1", "top5", "test_rec", "test_correlation") if name in last}
+    finish(config, dataset, out, scores, last["seconds"], params)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
