@@ -13,11 +13,13 @@ what it would have seen without the interruption, and R processes with B / R ima
 images that one process sees with B.
 """
 
+import contextlib
 import copy
 import difflib
 import functools
 import gzip
 import hashlib
+import http.client
 import importlib.util
 import math
 import os
@@ -129,9 +131,11 @@ def crop_and_resize(images, box, flip, size):
 
 
 def resize(images, sizes, size):
-    """Resize whole images to size = (H', W'), each as much of its frame as `sizes` (B, 2) says."""
-    if size == images.shape[-2:]:
+    """Resize whole images to size = (H', W'), each as much of its frame as `sizes` (B, 2) says; None: all of it."""
+    if sizes is None and size == images.shape[-2:]:
         return images
+    if sizes is None:
+        sizes = torch.tensor([images.shape[-2:]], device=images.device).expand(len(images), -1)
     zero = torch.zeros(len(images), device=images.device)
     return crop_and_resize(images, (zero, zero, *sizes.T), zero > 0, size)
 
@@ -241,7 +245,7 @@ class InMemory:
 
     def __init__(self, images, labels, mean, std, sizes=None):
         self.images, self.labels, self.mean, self.std = images, labels, mean, std
-        self.sizes = torch.tensor([images.shape[-2:]]).repeat(len(images), 1) if sizes is None else sizes
+        self.sizes = sizes
 
     def __len__(self):
         return len(self.labels)
@@ -250,11 +254,12 @@ class InMemory:
         """A part of n samples, the same number of each class (or one more)."""
         keep = balanced(self.labels, n, seed)
         which = keep % len(self.images)
-        return InMemory(self.images[which], self.labels[keep], self.mean, self.std, self.sizes[which])
+        sizes = None if self.sizes is None else self.sizes[which]
+        return InMemory(self.images[which], self.labels[keep], self.mean, self.std, sizes)
 
     def to(self, device):
-        self.images, self.labels, self.sizes = (v.to(device) for v in (self.images, self.labels, self.sizes))
-        return self
+        self.images, self.labels = self.images.to(device), self.labels.to(device)
+        self.sizes = None if self.sizes is None else self.sizes.to(device)
 
     def train_batches(self, size, batch_size, steps, seed, crop, device, here=slice(None)):
         """Yield images (b, C, H, W) float and labels (b,) for each step of the range `steps`.
@@ -269,9 +274,10 @@ class InMemory:
             if self.images.is_cuda:  # copies from pinned memory let the host run ahead
                 index, draw = (v.pin_memory().to(device, non_blocking=True) for v in (index, draw))
             which = index % len(self.images)
-            images, sizes = self.images[which], self.sizes[which]
+            images, sizes = self.images[which], None if self.sizes is None else self.sizes[which]
             if isinstance(crop, tuple):
-                images = crop_and_resize(images, crop_box(*sizes.T, draw[:, 1:].T, crop), draw[:, 0] < 0.5, size)
+                height, width = sizes.T if sizes is not None else torch.tensor([images.shape[-2:]], device=device).T
+                images = crop_and_resize(images, crop_box(height, width, draw[:, 1:].T, crop), draw[:, 0] < 0.5, size)
             else:
                 images = resize(images if crop is None else padded_crop(images, draw, crop), sizes, size)
             yield normalise(images, self.mean, self.std), self.labels[index]
@@ -281,7 +287,7 @@ class InMemory:
         self.to(device)
         for index in torch.arange(len(self), device=device)[here].split(batch_size):
             which = index % len(self.images)
-            images = resize(self.images[which], self.sizes[which], size)
+            images = resize(self.images[which], None if self.sizes is None else self.sizes[which], size)
             yield normalise(images, self.mean, self.std), self.labels[index]
 
 
@@ -372,6 +378,10 @@ class Folder(torch.utils.data.Dataset):
                 if name not in self.unreadable:
                     tqdm.write(f"warning: skipped {name}: {reason}", file=sys.stderr)
                     self.unreadable[name] = reason
+            if replace and len(failed) == len(labels):
+                raise UnreadableImages(
+                    f"no image of a batch can be decoded, {failed[0][0]} and others; repair or remove them"
+                )
             if len(self.unreadable) > 0.05 * len(self):
                 raise UnreadableImages(
                     f"{len(self.unreadable)} of {len(self)} images can't be decoded, more than 5 %; the last is "
@@ -391,8 +401,10 @@ def read_image(file, size, crop, draw, magnitude=0.0):
     short side (ImageNet's 224 of 256). magnitude: of `randaugment`, in training.
     """
     with Image.open(file) as image:
+        if image.format != "JPEG":
+            ImageOps.exif_transpose(image, in_place=True)
         width, height = image.size
-        if image.getexif().get(0x0112, 1) > 4:  # EXIF orientation 5-8: the camera was held upright
+        if image.getexif().get(0x0112) in (5, 6, 7, 8):  # EXIF orientation of a JPEG: the camera was held upright
             width, height = height, width
         if crop:
             sides, draws = torch.tensor([height, width]), torch.tensor(draw[1:])
@@ -608,7 +620,8 @@ def cifar(name, data_dir):
             images, labels = values[:, label_bytes:].reshape(-1, 3, 32, 32), values[:, label_bytes - 1]
             splits.append(InMemory(torch.tensor(images), torch.tensor(labels).long(), *statistics))
     except (OSError, EOFError, zlib.error, ValueError, KeyError, tarfile.TarError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it and run again") from None
+        reason = (str(error).splitlines() or ["it is empty"])[0]
+        raise ValueError(f"{path} is damaged ({reason}); delete it and run again") from None
     return Dataset(name, read[names].decode().split(), *statistics, *splits)
 
 
@@ -650,11 +663,12 @@ def fetch(folder, name, url, md5):
         if found != md5[name]:
             raise ValueError(f"{url}{name} came with the checksum {found}, not {md5[name]}; not kept, try again")
         part.rename(path)
-    except OSError as error:  # what urllib raises, too
+    except (OSError, http.client.HTTPException) as error:
         raise ValueError(
             f"{name} is not in {folder} and {url} can't be reached ({error}); put it there, or name "
             "the folder that has it with --data-dir"
         ) from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
     return path

@@ -23,7 +23,6 @@ Parameters carry timm's names, so that most public checkpoints load as they are.
 
 import difflib
 import math
-import pickle
 
 import torch
 from torch import nn
@@ -474,49 +473,81 @@ def pos_embed_similarity(pos_embed, grid, prefix=1):
 def load_weights(model, source):
     """Load a checkpoint file into a ViT: one of ours, or any with timm's names (DeiT, DINO, MAE).
 
-    Another image size is no obstacle: learned positions are interpolated, sine-cosine ones are
-    computed for the model's own grid. A head for other classes is left at its initial value.
-    Returns a list of sentences that say what was adapted, left or ignored.
-    Raises ValueError, and changes nothing, if the file can't be read or does not fit. No code that
-    a file may carry is ever run.
+    Another image size is no obstacle: learned positions are interpolated, sine-cosine ones computed for the
+    model's own grid. A head for other classes is left at its initial value.
+    Returns sentences that say what was adapted, left or not used. Raises ValueError, and changes nothing, if
+    the file can't be read or does not fit. No code that a file may carry is ever run.
     """
+    return load_state(model, read_checkpoint(source), source)
+
+
+def read_checkpoint(source):
+    """The tensors of a checkpoint file by name, out of the wrappers that training scripts put around them."""
     try:
         state = torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"no weights at {source}; check the path") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise ValueError(f"{source} is not a readable checkpoint ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # whatever it meets in a file that is no checkpoint
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{source} is not a checkpoint that can be read safely ({reason})") from None
     for wrapper in ("model", "state_dict"):
         state = state.get(wrapper, state) if isinstance(state, dict) else {}
-    anchor = "patch_embed.proj.weight"
-    found = [key.removesuffix(anchor) for key in state if key.endswith(anchor)]
-    if not found:
-        first = ", ".join(str(key) for key in list(state)[:3]) or "nothing"
-        raise ValueError(f"{source} holds no ViT: no {anchor} in it; its first keys are {first}")
-    state = {k.removeprefix(found[0]): v for k, v in state.items() if k.startswith(found[0])}
+    return {str(name): value for name, value in state.items()}
 
+
+def load_state(model, state, source):
+    """`load_weights` from tensors by name; `source` is what messages call them."""
+    anchor = "patch_embed.proj.weight"
+    found = [name.removesuffix(anchor) for name in state if name.endswith(anchor)]
+    if not found:
+        raise ValueError(f"{source} holds no ViT: no {anchor} among its keys {', '.join(list(state)[:3]) or '(none)'}")
+    state = {name.removeprefix(found[0]): value for name, value in state.items() if name.startswith(found[0])}
     own, notes = model.state_dict(), []
-    if "pos_embed" in state and state["pos_embed"].shape[1] != own["pos_embed"].shape[1]:
-        if not model.pos_embed.requires_grad:
-            state["pos_embed"] = own["pos_embed"]
-            notes.append(f"sine-cosine positions computed for the {model.grid[0]}x{model.grid[1]} grid")
-        else:
-            prefix = int("cls_token" in state)
-            side = math.isqrt(state["pos_embed"].shape[1] - prefix)
-            resized = resize_pos_embed(state["pos_embed"], (side, side), model.grid, prefix)
-            state["pos_embed"] = resized[:, prefix - model.prefix :]
-            notes.append(f"positions interpolated from {side}x{side} to {model.grid[0]}x{model.grid[1]}")
-    if "head.weight" in own and "head.weight" in state and state["head.weight"].shape != own["head.weight"].shape:
-        here, there = len(own["head.weight"]), len(state["head.weight"])
+    if "pos_embed" in state:
+        state["pos_embed"], notes = fit_positions(model, state["pos_embed"], int("cls_token" in state), source)
+    here, there = (s["head.weight"].shape[0] if "head.weight" in s else None for s in (own, state))
+    if here and there and here != there:
         notes.append(f"head left at its initial value: {here} classes here, {there} in the file")
-        state = {k: v for k, v in state.items() if not k.startswith("head.")}
-    for name, value in own.items():
-        if name in state and state[name].shape != value.shape:
-            given, wanted = tuple(state[name].shape), tuple(value.shape)
-            raise ValueError(f"{source} does not fit: {name} is {given} there, {wanted} in this model")
-    for what, names in (("left at their initial values", own.keys() - state), ("not used", state.keys() - own)):
-        names = sorted({name.split(".")[0] for name in names} - ({"head"} if notes else set()))
-        if names:
-            notes.append(f"{what}: {', '.join(names)}")
-    model.load_state_dict(own | {k: v for k, v in state.items() if k in own})
+        state = {name: value for name, value in state.items() if not name.startswith("head.")}
+
+    depths = [len({name.split(".")[1] for name in s if name.startswith("blocks.")}) for s in (own, state)]
+    if depths[0] != depths[1]:
+        raise ValueError(f"{source} does not fit: its depth is {depths[1]} blocks, this model's {depths[0]}")
+    for name in own.keys() & state:
+        if state[name].shape != own[name].shape:
+            given, wanted = tuple(state[name].shape), tuple(own[name].shape)
+            raise ValueError(f"{source} does not fit: its {name} has the shape {given}, this model's {wanted}")
+    told = {"head"} if here and there and here != there else set()
+    for what, names in (("left at the initial value", own.keys() - state), ("not used", state.keys() - own)):
+        parts = sorted({name.split(".")[0] for name in names} - told)
+        if parts:
+            notes.append(f"{what}: {', '.join(parts)}")
+    model.load_state_dict(own | {name: value for name, value in state.items() if name in own})
     return notes
+
+
+def fit_positions(model, positions, prefix, source):
+    """A checkpoint's positions for the grid and the prefix of a model; and a sentence on what was done, or none.
+
+    positions (1, prefix + N, D). Those that equal the sine-cosine formula are computed anew, others interpolated.
+    """
+    N, D, (rows, columns) = positions.shape[1] - prefix, positions.shape[2], model.grid
+    side = math.isqrt(N)
+    if D % 4 == 0:
+        formula = sincos_pos_embed(D, (side, side), prefix)
+        if not model.pos_embed.requires_grad or (
+            side**2 == N and torch.allclose(positions.float(), formula, atol=1e-5)
+        ):
+            computed = sincos_pos_embed(D, model.grid, model.prefix)
+            same = positions.shape == computed.shape and torch.allclose(positions.float(), computed, atol=1e-5)
+            return computed, [] if same else [f"sine-cosine positions computed for the {rows}x{columns} grid"]
+    notes = []
+    if N != rows * columns:
+        if side**2 != N:
+            raise ValueError(
+                f"{source} has positions for {N} patches, no square; give --img-size as it was trained with"
+            )
+        positions = resize_pos_embed(positions, (side, side), model.grid, prefix)
+        notes.append(f"positions interpolated from {side}x{side} to {rows}x{columns}")
+    tokens = positions[:, :prefix] if prefix else model.pos_embed.detach()[:, :1].to(positions)
+    return torch.cat([tokens[:, : model.prefix], positions[:, prefix:]], dim=1), notes
