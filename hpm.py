@@ -441,3 +441,53 @@ def create(arch, img_size=224, in_chans=3, target="pixels", predictor="relative"
     options.setdefault("metric", "cosine" if target in ("ema", "dino", "clip") else "l2")
     student = Autoencoder(encoder, outputs[target], *size, loss_predictor=predictor != "none")
     return HPM(student, target=target, predictor=predictor, **options)
+
+
+# CLIP's visual tower in timm's names: its name, ours.
+CLIP_NAMES = (
+    ("visual.", ""),
+    ("conv1.weight", "patch_embed.proj.weight"),
+    ("class_embedding", "cls_token"),
+    ("positional_embedding", "pos_embed"),
+    ("ln_pre", "norm_pre"),
+    ("ln_post", "norm"),
+    ("transformer.resblocks", "blocks"),
+    ("ln_1", "norm1"),
+    ("ln_2", "norm2"),
+    ("attn.in_proj_", "attn.qkv."),
+    ("attn.out_proj", "attn.proj"),
+    ("mlp.c_fc", "mlp.fc1"),
+    ("mlp.c_proj", "mlp.fc2"),
+)
+
+
+def load_frozen(target, arch, img_size, source, in_chans=3):
+    """The frozen ViT whose features are the target "dino" or "clip", from its weights.
+
+    DINO's have timm's names. CLIP's visual tower has its own, one more LayerNorm, no bias in E, the quick GELU and a
+    projection at the end, which becomes our head. The model has the student's architecture, so that patches
+    correspond; raises ValueError, with both sizes, for weights of another patch size or width.
+    """
+    state = vit.read_checkpoint(source)
+    options = {}
+    if target == "clip":
+        state = {name: value.float() for name, value in state.items() if name.startswith("visual.")}
+        for theirs, ours in CLIP_NAMES:
+            state = {name.replace(theirs, ours): value for name, value in state.items()}
+        if not {"proj", "cls_token", "pos_embed", "patch_embed.proj.weight"} <= state.keys():
+            raise ValueError(
+                f"{source} holds no visual tower of CLIP: no visual.conv1.weight, visual.proj and so on in it"
+            )
+        state["cls_token"], state["pos_embed"] = state["cls_token"][None, None], state["pos_embed"][None]
+        state["head.weight"] = state.pop("proj").T
+        state["patch_embed.proj.bias"] = torch.zeros(state["cls_token"].shape[-1])
+        state["head.bias"] = torch.zeros(len(state["head.weight"]))
+        options = dict(num_classes=len(state["head.weight"]), pre_norm=True, gelu="quick", eps=1e-5)
+    frozen = vit.create(arch, img_size, in_chans=in_chans, **{"num_classes": 0, **options})
+    own = frozen.patch_embed.proj.weight
+    for theirs in (value for name, value in state.items() if name.endswith("patch_embed.proj.weight")):
+        for what, axis in (("width", 0), ("patch size", -1)):
+            if theirs.shape[axis] != own.shape[axis]:
+                raise ValueError(f"{source}: its {what} is {theirs.shape[axis]}, that of {arch} is {own.shape[axis]}")
+    vit.load_state(frozen, state, source)
+    return frozen.requires_grad_(False).eval()

@@ -280,7 +280,9 @@ def build(config, dataset):
     if config.task in PRETRAINING:
         options = dict(mask=config.mask, mask_ratio=config.mask_ratio)
         if config.target in ("dino", "clip"):
-            options["frozen"] = hpm.load_frozen(config.target, config.arch, config.img_size, config.target_weights)
+            options["frozen"] = hpm.load_frozen(
+                config.target, config.arch, config.img_size, config.target_weights, channels
+            )
         model = hpm.create(config.arch, config.img_size, channels, config.target, config.predictor_loss, **options)
         encoder = model.student.encoder
     else:
