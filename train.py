@@ -411,6 +411,14 @@ def save(path, content):
     part.replace(path)
 
 
+def load(path):
+    """A checkpoint of `save`. Raises ValueError if it is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever it meets in a damaged file
+        raise ValueError(f"{path} is damaged ({type(error).__name__}); start the run anew with --overwrite") from None
+
+
 def read_log(out):
     """The objects of log.jsonl."""
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -419,6 +427,16 @@ def read_log(out):
 # ---------------------------------------------------------------------------------------------
 # The loop
 # ---------------------------------------------------------------------------------------------
+
+
+def disturb(images, targets, classes, config, step):
+    """Random erasing, mixup and CutMix, where the run wants them."""
+    draw = (config.seed, step, config.batch_size)
+    if config.erasing:
+        images = data.erase(images, config.erasing, *draw)
+    if config.mixup or config.cutmix:
+        images, targets = data.mix(images, targets, classes, config.mixup, config.cutmix, *draw)
+    return images, targets
 
 
 def train_step(model, optimizer, images, targets, config, step):
@@ -489,24 +507,11 @@ def train(config, dataset, model, out, checkpoint):
             line["lr"] = learning_rate(step, config.steps, config.lr, config.warmup, config.decay)
             for group in optimizer.param_groups:
                 group["lr"] = group["scale"] * line["lr"]
-            if config.mixup or config.cutmix:
-                images, targets = data.mix(
-                    images,
-                    targets,
-                    len(dataset.classes),
-                    config.mixup,
-                    config.cutmix,
-                    config.seed,
-                    step,
-                    config.batch_size,
-                )
-            if config.erasing:
-                images = data.erase(images, config.erasing, config.seed, step, config.batch_size)
+            images, targets = disturb(images, targets, len(dataset.classes), config, step)
             pending.append(train_step(model, optimizer, images, targets, config, step))
             if teacher is not None:
-                line |= dict(
-                    alpha=hpm.hard_fraction(step, config.steps, *config.alpha), momentum=hpm.ema_momentum(step / epoch)
-                )
+                line["alpha"] = hpm.hard_fraction(step, config.steps, *config.alpha)
+                line["momentum"] = hpm.ema_momentum(step / epoch)
                 hpm.ema_update(teacher, model.student, line["momentum"])
             bar.update()
 
@@ -552,11 +557,7 @@ def finish(config, dataset, out, scores, seconds, params):
         "test_correlation": "a rank correlation of {:.2f} between predicted and true loss",
     }
     reached = ", ".join(text.format(scores[name]) for name, text in words.items() if name in scores)
-    effort = (
-        f"{config.steps:,} steps in {seconds:.0f} s, {images / seconds:.1f} images/s"
-        if config.steps
-        else f"{seconds:.0f} s"
-    )
+    effort = f"{config.steps:,} steps in {seconds:.0f} s, {images / seconds:.1f} images/s"
     print(f"{config.task}: {config.arch} on {config.data} reached {reached}; {effort}; all in {out}")
 
 
@@ -578,7 +579,7 @@ def main(argv=None):
         if given.resume:
             out, config = old_run(given)
             dataset = load_dataset(config)
-            checkpoint = torch.load(out / "last.pt", map_location="cpu", weights_only=True)
+            checkpoint = load(out / "last.pt")
         else:
             config, dataset = configure(given)
             out, checkpoint = new_run(given), None
