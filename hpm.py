@@ -412,7 +412,7 @@ class HPM(nn.Module):
 
 
 # Decoders by the encoder's width: dim, depth, heads. 512/8/16 is the papers', the smaller ones are ours.
-DECODERS = {96: (64, 2, 2), 192: (128, 4, 4), 384: (256, 4, 8)}
+DECODERS = {64: (64, 2, 4), 192: (128, 4, 4), 384: (256, 4, 8)}
 
 
 def create(arch, img_size=224, in_chans=3, target="pixels", predictor="relative", **options):
@@ -431,7 +431,7 @@ def create(arch, img_size=224, in_chans=3, target="pixels", predictor="relative"
     frozen = options.get("frozen")
     if target in ("dino", "clip") and frozen is None:
         raise ValueError(f"the target {target} needs a frozen model: give its weights")
-    encoder = vit.create(arch, img_size, 0, in_chans, pos_embed="sincos", pool="cls", class_token=True)
+    encoder = vit.create(arch, img_size, 0, in_chans, pos_embed="sincos")
     P, D = encoder.patch_size, encoder.pos_embed.shape[-1]
     outputs = {"pixels": P * P * in_chans, "norm-pixels": P * P * in_chans, "ema": D}
     outputs["hog"] = hog(torch.zeros(1, in_chans, P, P), P).shape[-1]

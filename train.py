@@ -45,16 +45,16 @@ from evaluate import (
 
 # lr is for 256 images: the peak learning rate is lr * batch size / 256. warmup is a share of the run.
 # crop: the pad of a padded crop, or the scale of a random resized crop, or None.
-SMALL = dict(batch_size=128, warmup=0.1, weight_decay=0.05)
+SMALL = dict(batch_size=128, warmup=0.05, weight_decay=0.05)
 RECIPES = {
     # The ViT paper's for ImageNet-1k: table 3, 3e-3 for a batch of 4096, warm-up 10k of about 94k steps.
     ("supervised", "folder"): dict(
         epochs=300, batch_size=4096, lr=3e-3 / 16, warmup=0.107, weight_decay=0.3, dropout=0.1, crop=(0.08, 1.0)
     ),
     ("supervised", "photos"): dict(
-        steps={"cpu": 24, "cuda": 600}, batch_size=8, lr=3e-3, warmup=0.2, weight_decay=0.05, crop=(0.08, 1.0)
+        steps={"cpu": 28, "cuda": 600}, batch_size=8, lr=1e-2, warmup=0.2, weight_decay=0.05, crop=(0.08, 1.0)
     ),
-    ("supervised", "fashion-mnist"): SMALL | dict(epochs=24, lr=4e-3, crop=0),
+    ("supervised", "fashion-mnist"): SMALL | dict(epochs=16, lr=4e-3, crop=0),
     ("supervised", "cifar"): SMALL | dict(epochs=100, lr=2e-3, crop=4),
     # MAE's and HPM's (MAE, table 8; HPM, section 4).
     ("pretrain", "folder"): dict(

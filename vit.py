@@ -407,8 +407,8 @@ ARCHS = {
     for size, (dim, depth, heads) in SIZES.items()
     for patch in (8, 14, 16, 32)
 }
-# Ours, for images of 28 to 32 pixels.
-ARCHS["vit_micro4"] = dict(patch_size=4, dim=96, depth=6, num_heads=3, mlp_ratio=2)
+# Ours, for images of 28 to 32 pixels: the narrow and deep one, with fixed positions, learned the most per minute.
+ARCHS["vit_micro4"] = dict(patch_size=4, dim=64, depth=6, num_heads=4, mlp_ratio=2, pos_embed="sincos")
 
 
 def create(arch, img_size=224, num_classes=1000, in_chans=3, **options):

@@ -13,6 +13,7 @@ import importlib.util
 import io
 import math
 import os
+import random
 import socket
 import statistics
 import struct
@@ -78,7 +79,7 @@ def test_random_numbers_depend_on_every_part_of_the_key_and_on_nothing_else():
     again = [torch.rand(4, generator=data.generator(*key)).tolist() for key in reversed(keys)]
     assert first == again[::-1]
     assert len({tuple(numbers) for numbers in first}) == len(keys), "two keys share their numbers: a sum of the parts?"
-    assert len({data.ORDER, data.CROP, data.MIX, data.MASK}) == 4
+    assert len({data.ORDER, data.CROP, data.MIX, data.MASK, data.ERASE, data.SUBSET, data.MODEL}) == 7
 
 
 @pytest.mark.parametrize(("n", "batch_size"), [(10, 5), (10, 4), (7, 3), (5, 12), (3, 7), (1, 3)])
@@ -365,6 +366,45 @@ def test_mixing_is_a_function_of_seed_and_step_and_even_slices_equal_the_whole(m
     assert not torch.equal(whole[1], mixed(1, 5)[1])
 
 
+def test_erasing_fills_a_box_of_2_to_33_percent_with_noise():
+    """Random erasing (Zhong et al. 2020): half of 1000 images, w / h from 0.3 to 1 / 0.3, N(0, 1) for each pixel."""
+    B, H, W = 1000, 40, 60
+    images = torch.full((B, 2, H, W), 100.0)
+    erased = data.erase(images, 0.5, seed=0, step=0, batch_size=B)
+    changed = erased != images
+    assert torch.equal(changed[:, 0], changed[:, 1]), "the box is the same for each channel"
+    boxes = changed[:, 0][changed.flatten(1).any(dim=1)]
+    assert len(boxes) / B == pytest.approx(0.5, abs=0.05)
+    h, w = boxes.any(dim=2).sum(dim=1), boxes.any(dim=1).sum(dim=1)
+    assert torch.equal(boxes.sum(dim=(1, 2)), h * w), "what was erased is no box"
+    uncut = (h < H) & (w < W)
+    share, aspect = (h * w / (H * W))[uncut], (w / h)[uncut]
+    for name, values, low, high in (("share", share, 0.02, 1 / 3), ("w / h", aspect, 0.3, 1 / 0.3)):
+        assert low * 0.8 < values.min() < low * 1.4, f"{name} starts at {values.min():.3f}, not {low}"  # whole pixels
+        assert high * 0.8 < values.max() < high * 1.2, f"{name} ends at {values.max():.3f}, not {high}"
+    assert boxes.any(dim=0).all(), "some place is never erased"
+    noise = erased[changed]
+    assert float(noise.mean()) == pytest.approx(0, abs=0.02)
+    assert float(noise.std()) == pytest.approx(1, abs=0.02)
+    assert len(noise.unique()) > 0.9 * len(noise), "pixels share their noise"
+
+
+def test_erasing_is_a_function_of_seed_and_step_and_slices_equal_the_whole():
+    images = uniform(12, 3, 20, 20, dtype=torch.float32)
+
+    def erased(seed, step, probability=1.0, here=slice(None)):
+        return data.erase(images[here], probability, seed, step, 12, here)
+
+    whole = erased(0, 5)
+    torch.manual_seed(0)
+    for here in (slice(None), slice(0, 5), slice(5, 12), slice(1, None, 3)):
+        assert torch.equal(erased(0, 5, here=here), whole[here])
+    assert (whole != images).flatten(1).any(dim=1).all(), "a probability of 1 erases every image"
+    assert torch.equal(erased(0, 5, probability=0.0), images)
+    assert not torch.equal(erased(0, 6), whole)
+    assert not torch.equal(erased(1, 5), whole)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_normalised_pixels_are_brought_to_0_1_then_mean_0_and_deviation_1(dtype):
     images, mean, std = pixels(2, 3, 2, 4).to(dtype), (0.5, 0.25, 0.1), (0.2, 0.3, 0.4)
@@ -379,6 +419,26 @@ def test_normalised_pixels_are_brought_to_0_1_then_mean_0_and_deviation_1(dtype)
 # ---------------------------------------------------------------------------------------------
 # Splits
 # ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n", "counts"), [(3, [1, 1, 1]), (12, [4, 4, 4]), (14, [4, 5, 5]), (28, [5, 11, 12]), (85, [5, 30, 50])]
+)
+def test_a_balanced_subset_has_as_many_of_each_class_or_one_more(n, counts):
+    """Of 50, 5, and 30: once a class is used up, the others go on."""
+    labels = torch.tensor([0] * 50 + [1] * 5 + [2] * 30)[torch.randperm(85, generator=torch.Generator().manual_seed(0))]
+    keep = data.balanced(labels, n, seed=0)
+    assert keep.tolist() == sorted(set(keep.tolist())), "each once, in order"
+    assert sorted(torch.bincount(labels[keep]).tolist()) == counts
+    torch.manual_seed(0)
+    assert torch.equal(data.balanced(labels, n, seed=0), keep)
+    others = {tuple(data.balanced(labels, n, seed).tolist()) for seed in range(5)}
+    assert len(others) == (5 if n < 85 else 1), "the choice is not random"
+
+
+def test_a_subset_larger_than_the_set_is_refused():
+    with refusal("11", "10", "fewer"):
+        data.balanced(torch.arange(10), 11, seed=0)
 
 
 def save(image, path, **options):
@@ -476,6 +536,8 @@ def test_random_resized_crops_have_the_area_the_aspect_and_the_place_that_they_s
         assert low - margin / 2 < values.min() < low + margin, f"{name} starts at {values.min():.3f}, not {low}"
         assert high - margin < values.max() < high + margin / 2, f"{name} ends at {values.max():.3f}, not {high}"
     assert flipped.mean() == pytest.approx(0.5, abs=0.12)
+    related = np.corrcoef([area, aspect, (top + 0.5) / (100 - h), (left + 0.5) / (120 - h * aspect), flipped])
+    assert np.abs(related - np.eye(5)).max() < 0.3, "two of area, aspect, top, left, and flip share a random number"
 
 
 def test_samples_of_a_small_set_wrap_around_its_images():
@@ -488,6 +550,29 @@ def test_samples_of_a_small_set_wrap_around_its_images():
     equal(torch.cat([images for images, _ in tested]), images[[0, 1, 2, 0, 1, 2, 0]].numpy(), atol=1e-3)
     (trained, labels), *_ = split.train_batches((4, 4), 7, range(1), 0, None, CPU)
     equal(trained, images[(labels // 10) % 3].numpy(), atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["memory", "folder"])
+def test_a_subset_of_a_split_keeps_images_and_labels_together(kind, tmp_path):
+    """And leaves the split as it was."""
+    images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(10, 3, 8, 8) * 20
+    split = split_of(kind, images, tmp_path)
+    part = split.subset(6, seed=0)
+    assert (len(part), len(split)) == (6, 10)
+    (seen, labels), *_ = part.test_batches((8, 8), 10, CPU)
+    assert labels.tolist() == data.balanced(torch.arange(10), 6, seed=0).tolist()
+    assert (seen.round() == 20 * labels[:, None, None, None]).all(), "another image's label"
+
+
+def test_a_subset_of_a_set_that_wraps_around_keeps_images_sizes_and_labels_together():
+    """As `photos`: 12 samples of 3 images."""
+    images = torch.arange(3, dtype=torch.uint8)[:, None, None, None].expand(3, 3, 9, 9) * 20
+    split = data.InMemory(images, torch.arange(3).repeat(4), *PLAIN, sizes=torch.tensor([[4, 4], [5, 5], [6, 6]]))
+    part = split.subset(7, seed=0)
+    assert sorted(torch.bincount(part.labels).tolist()) == [2, 2, 3]
+    (seen, labels), *_ = part.test_batches((8, 8), 10, CPU)
+    assert (seen.round() == 20 * labels[:, None, None, None]).all(), "another image's label"
+    assert part.sizes[:, 0].tolist() == (4 + labels).tolist(), "another image's size"
 
 
 @pytest.mark.parametrize("size", [(6, 6), (5, 7), (8, 9)])
@@ -520,6 +605,19 @@ def test_the_test_split_gives_every_image_once_and_in_order(kind, tmp_path):
     assert seen(4) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert seen(64) == [list(range(10))]
     assert [seen(3, slice(r, None, 3)) for r in range(3)] == [[[0, 3, 6], [9]], [[1, 4, 7]], [[2, 5, 8]]]
+
+
+def test_features_come_in_the_order_of_the_images_that_they_stand_for():
+    """A linear probe sees the batches that it would see if it ran the encoder each time."""
+    split = data.Features(uniform(7, 4), torch.arange(7))
+    assert len(split) == 7
+    batches = list(split.train_batches(None, 6, range(2, 5), 0, None, CPU, slice(1, None, 2)))
+    for step, (features, labels) in zip(range(2, 5), batches, strict=True):
+        assert labels.tolist() == data.batch_indices(7, 6, step, 0)[1::2].tolist()
+        assert torch.equal(features, split.features[labels])
+    tested = list(split.test_batches(None, 2, CPU, slice(0, None, 2)))
+    assert [labels.tolist() for _, labels in tested] == [[0, 2], [4, 6]]
+    assert all(torch.equal(features, split.features[labels]) for features, labels in tested)
 
 
 def test_classes_of_a_folder_are_its_folders_sorted_and_files_come_sorted(tmp_path):
@@ -696,6 +794,106 @@ def test_a_very_narrow_image_can_be_cropped(size, tmp_path):
         equal(ours, np.broadcast_to([[[10]], [[20]], [[30]]], (3, 4, 6)))
 
 
+def test_randaugment_applies_two_of_its_operations_each_with_probability_one_half(monkeypatch):
+    """RandAugment (Cubuk et al. 2020) with the strength N(9, 1/2) of 10, cut to 0-10; both signs alike."""
+    calls = []
+    spies = [lambda image, s, sign, k=k: calls.append((k, s, sign)) or image for k in range(len(data.OPERATIONS))]
+    monkeypatch.setattr(data, "OPERATIONS", spies)
+    rng, image, counts = random.Random(0), Image.new("RGB", (4, 4)), []
+    for _ in range(4000):
+        before = len(calls)
+        assert data.randaugment(image, 9.0, rng) is image
+        counts.append(len(calls) - before)
+    for count, share in ((0, 1 / 4), (1, 1 / 2), (2, 1 / 4)):
+        assert counts.count(count) / 4000 == pytest.approx(share, abs=0.03)
+    which, strength, sign = np.array(calls).T
+    assert np.bincount(which.astype(int), minlength=len(spies)) == pytest.approx(len(calls) / len(spies), rel=0.25)
+    assert strength.max() == 1
+    assert np.median(strength) == pytest.approx(0.9, abs=0.005)
+    assert np.percentile(strength, 16) == pytest.approx(0.85, abs=0.005)  # one deviation below
+    assert set(sign) == {-1, 1}
+    assert sign.mean() == pytest.approx(0, abs=0.05)
+
+
+def test_randaugment_is_a_function_of_the_draw_and_for_training_only(tmp_path):
+    """So that a resumed run, and a process that holds part of a batch, see the same."""
+    file, draws = save(photograph(pixels(3, 20, 24)), tmp_path / "image.png"), uniform(20, 5).tolist()
+    first = [data.read_image(file, (16, 16), (0.2, 1.0), draw, 9.0) for draw in draws]
+    random.seed(0)
+    again = [data.read_image(file, (16, 16), (0.2, 1.0), draw, 9.0) for draw in draws]
+    plain = [data.read_image(file, (16, 16), (0.2, 1.0), draw) for draw in draws]
+    assert all(map(torch.equal, first, again))
+    assert {(image.dtype, image.shape) for image in first} == {(torch.uint8, (3, 16, 16))}
+    assert 10 <= sum(not torch.equal(a, b) for a, b in zip(first, plain, strict=True)) < 20
+    tested = [data.read_image(file, (16, 16), None, None, magnitude) for magnitude in (0.0, 9.0)]
+    assert torch.equal(*tested)
+
+
+@pytest.mark.parametrize("k", range(14))
+def test_every_operation_of_randaugment_does_what_it_is_called(k):
+    """By hand on an image of 20 x 10 pixels: strength 1 or 1/2, both signs; a strength of 0 changes nothing."""
+    operation, image = data.OPERATIONS[k], pixels(10, 20, 3).numpy() // 2 + 40  # 40 to 167
+    grey, i = np.array(data.GREY), image.astype(float)
+
+    def luma(pixel):
+        return 0.299 * pixel[..., :1] + 0.587 * pixel[..., 1:2] + 0.114 * pixel[..., 2:]
+
+    def apply(strength, sign):
+        return np.asarray(operation(Image.fromarray(image), strength, sign)).astype(float)
+
+    if k not in (0, 1, 2, 3):
+        for sign in (-1, 1):
+            equal(torch.tensor(apply(0, sign)), i, "strength 0")
+    for sign in (-1, 1):
+        half, full = apply(0.5, sign), apply(1, sign)
+        if k == 0:  # autocontrast: each channel from 0 to 255
+            low, high = i.min(axis=(0, 1)), i.max(axis=(0, 1))
+            assert np.abs(half - (i - low) * 255 / (high - low)).max() < 1.01
+        elif k == 1:  # equalize: every level as often as any other, order kept
+            for c in range(3):
+                assert (np.diff(half[..., c].flatten()[i[..., c].flatten().argsort(kind="stable")]) >= 0).all()
+                assert np.sort(half[..., c].flatten()) == pytest.approx(np.linspace(0, 255, 200), abs=12)
+        elif k == 2:  # invert
+            assert (half == 255 - i).all()
+        elif k == 3:  # posterize: 4 bits are kept at strength 0, two at a half, one at last
+            assert (apply(0, sign) == i // 16 * 16).all()
+            assert (half == i // 64 * 64).all()
+            assert (full == i // 128 * 128).all()
+        elif k == 4:  # solarize: invert what is above the threshold
+            assert (half == np.where(i >= 128, 255 - i, i)).all()
+            assert (full == 255 - i).all()
+        elif k in (5, 6, 7):  # saturation, contrast, brightness: away from or towards a grey image
+            base = (luma(i), luma(i).mean(), 0)[k - 5]
+            oracle = base + (1 + 0.9 * sign) * (i - base)
+            assert np.abs(full - oracle.clip(0, 255)).max() < 2.5
+        elif k == 8:  # sharpness: away from or towards a smoothed image; borders stay
+            smooth = i.copy()
+            for y, x in np.ndindex(8, 18):
+                smooth[y + 1, x + 1] = (i[y : y + 3, x : x + 3].sum(axis=(0, 1)) + 4 * i[y + 1, x + 1]) / 13
+            oracle = smooth + (1 + 0.9 * sign) * (i - smooth)
+            assert np.abs(full - oracle.clip(0, 255)).max() < 2.5
+        elif k == 9:  # rotate by 30 degrees: the middle stays, the corners become grey
+            bright = np.asarray(operation(Image.new("RGB", (20, 10), (255, 255, 255)), 1, sign))
+            assert (bright[0, 0] == grey).all()
+            assert (bright[4:6, 8:12] == 255).all()
+        elif k == 10:  # shear: row y moves by 0.3 y
+            bright = np.asarray(operation(Image.new("RGB", (20, 10), (255, 255, 255)), 1, sign))[..., 0] == 255
+            assert [abs(int(row.sum()) - 20 + 0.3 * y) <= 1.5 for y, row in enumerate(bright)] == [True] * 10
+            assert bright[9, 0] != bright[9, -1]
+            assert bright[9, 0] == (sign < 0) == (not bright[9, -1])
+        elif k == 11:  # shear: column x moves by 0.3 x
+            bright = np.asarray(operation(Image.new("RGB", (20, 10), (255, 255, 255)), 1, sign))[..., 0] == 255
+            expected = [max(10 - 0.3 * x, 0) for x in range(20)]
+            assert bright.sum(axis=0) == pytest.approx(expected, abs=1.5)
+        elif k == 12:  # translate by 0.45 of the width
+            assert (full[:, :11] == i[:, 9:]).all() if sign > 0 else (full[:, 9:] == i[:, :11]).all()
+            assert (full[:, 11:] == grey).all() if sign > 0 else (full[:, :9] == grey).all()
+        elif k == 13:  # translate by 0.45 of the height: 4.5 pixels, so by 0.4 / 0.45 of the strength here
+            moved = apply(4 / 4.5, sign)
+            assert (moved[:6] == i[4:]).all() if sign > 0 else (moved[4:] == i[:6]).all()
+            assert (moved[6:] == grey).all() if sign > 0 else (moved[:4] == grey).all()
+
+
 # ---------------------------------------------------------------------------------------------
 # Images that can't be decoded
 # ---------------------------------------------------------------------------------------------
@@ -827,10 +1025,12 @@ def test_photographs_are_learned_from_the_left_and_tested_on_the_right(size, tmp
     images, labels = colours(photos.train.train_batches(size, 256, range(4), 0, (0.2, 1.0), CPU))
     assert images.shape == (1024, 3, *size)
     assert images[:, 0].max() < 0.1, "training sees the test region"
+    assert images[:, 1, 8:-8].diff(dim=1).min() > 0.5, "a crop goes beyond its photograph: rows repeat"
     assert torch.bincount(labels).tolist() == [64] * 16, "an epoch is 64 crops of each photograph"
     equal(images[:, 2].amax(dim=(1, 2)), 16 * labels.numpy(), "a label that names another photograph", 0.1)
     equal(images[:, 2].amin(dim=(1, 2)), 16 * labels.numpy(), "part of the crop is no photograph", 0.1)
 
+    assert photos.test.images.shape[-2:] == size, "test crops are resized twice"
     images, labels = colours(photos.test.test_batches(size, 20, CPU))
     assert images.shape == (64, 3, *size)
     assert images[:, 0, :, 2:].min() > 230, "a test crop shows what training has seen"

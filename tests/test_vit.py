@@ -803,16 +803,54 @@ def test_learned_positions_are_interpolated_to_the_models_grid_and_it_says_so(tm
         assert name == "pos_embed" or torch.equal(parameter, state[name]), f"{name} was not loaded"
 
 
-@pytest.mark.parametrize("img_size", [4, (4, 16)], ids=["other number of patches", "same number, other shape"])
-def test_sine_cosine_positions_are_computed_for_the_models_grid_and_it_says_so(tmp_path, img_size):
+@pytest.mark.parametrize(
+    ("there", "here", "class_token"),
+    [(8, 4, True), (8, (4, 16), True), ((16, 4), (4, 16), True), (8, 4, False)],
+    ids=["fewer patches", "as many, other shape", "turned", "no class token here"],
+)
+def test_sine_cosine_positions_are_computed_for_the_models_grid_and_it_says_so(tmp_path, there, here, class_token):
     """They are a formula: to interpolate them, or to take those of another grid, would only be wrong."""
-    model = vit.ViT(**(SMALL | dict(img_size=img_size)), pos_embed="sincos")
-    file = vit.ViT(**(SMALL | dict(img_size=8)), pos_embed="sincos").state_dict()  # 4x4
+    options = SMALL | dict(pool="mean", pos_embed="sincos")
+    model = vit.ViT(**(options | dict(img_size=here, class_token=class_token)))
+    file = vit.ViT(**(options | dict(img_size=there))).state_dict()
     notes = vit.load_weights(model, save(file, tmp_path / "vit.pt"))
     rows, columns = model.grid
-    equal(model.pos_embed, sincos_loops(8, rows, columns, prefix=1), "positions of the file's grid?", 1e-7)
+    equal(model.pos_embed, sincos_loops(8, rows, columns, prefix=int(class_token)), "of the file's grid?", 1e-7)
+    assert [bool(re.search(f"sine-cosine.*{rows}x{columns}", note)) for note in notes if "position" in note] == [True]
+
+
+def test_positions_that_follow_the_formula_are_recognised_in_a_model_that_learns_its_own(tmp_path):
+    """To fine-tune a pre-trained MAE at another size: exact positions, not interpolated ones, to start from."""
+    model = vit.ViT(**SMALL)
+    file = vit.ViT(**(SMALL | dict(img_size=8)), pos_embed="sincos").state_dict()  # 4x4 -> 2x3
+    notes = vit.load_weights(model, save(file, tmp_path / "vit.pt"))
+    equal(model.pos_embed, sincos_loops(8, 2, 3, prefix=1), "interpolated?", 1e-7)
+    assert model.pos_embed.requires_grad, "they are the start of learned ones"
     assert len(notes) == 1
-    assert re.search(f"sine-cosine.*{rows}x{columns}", notes[0])
+    assert re.search("sine-cosine.*2x3", notes[0])
+
+
+def test_learned_positions_of_a_grid_that_is_not_square_need_the_same_grid(tmp_path):
+    """A file does not say which grid its positions fill. On the model's own they load; else only a square is sure."""
+    first, same = filled(vit.ViT(**SMALL)), vit.ViT(**SMALL).double()  # 2x3
+    path = save(first.state_dict(), tmp_path / "vit.pt")
+    assert vit.load_weights(same, path) == []
+    assert torch.equal(same.pos_embed, first.pos_embed)
+    with pytest.raises(ValueError, match=r"vit\.pt.*\b6 patches"):
+        vit.load_weights(vit.ViT(**SQUARE), path)
+
+
+def test_a_class_token_that_the_file_lacks_is_left_at_its_initial_value(tmp_path):
+    """And so is its position; the patches get theirs."""
+    state, model = timm_file(), filled(vit.ViT(**SQUARE))
+    x_class, position = model.cls_token.clone(), model.pos_embed[:, :1].clone()
+    del state["cls_token"]
+    state["pos_embed"] = state["pos_embed"][:, 1:]
+    notes = vit.load_weights(model, save(state, tmp_path / "vit.pt"))
+    assert torch.equal(model.cls_token, x_class)
+    assert torch.equal(model.pos_embed, torch.cat([position, state["pos_embed"]], dim=1))
+    assert len(notes) == 1
+    assert re.search("left at.*cls_token", notes[0])
 
 
 def test_a_class_token_that_the_model_lacks_is_left_out_with_its_position(tmp_path):
@@ -850,8 +888,15 @@ def test_what_a_file_lacks_and_what_is_not_used_is_said(tmp_path, img_size):
 
 @pytest.mark.parametrize(
     "other",
-    [dict(D=12, hidden=48), dict(D=12, hidden=48, patches=16, classes=10), dict(hidden=16), dict(P=4), dict(depth=3)],
-    ids=["width", "width, grid and classes", "MLP width", "patch size", "depth"],
+    [
+        dict(D=12, hidden=48),
+        dict(D=12, hidden=48, patches=16, classes=10),
+        dict(hidden=16),
+        dict(P=4),
+        dict(depth=1),
+        dict(depth=3),
+    ],
+    ids=["width", "width, grid and classes", "MLP width", "patch size", "too shallow", "too deep"],
 )
 def test_a_file_that_does_not_fit_is_refused_and_the_model_unchanged(tmp_path, other):
     """Most of its tensors may fit: none of them may be loaded before all have been looked at."""
@@ -864,12 +909,19 @@ def test_a_file_that_does_not_fit_is_refused_and_the_model_unchanged(tmp_path, o
 
 @pytest.mark.parametrize(
     "content",
-    [{"fc.weight": torch.zeros(2)}, {}, [1, 2], {0: torch.zeros(2)}],
-    ids=["other net", "empty", "list", "ints"],
+    [{"fc.weight": torch.zeros(2)}, {}, [1, 2], {0: torch.zeros(2)}, {"model": [1]}, {"state_dict": [1]}],
+    ids=["other net", "empty", "list", "numbers as names", "list as model", "list as state_dict"],
 )
 def test_a_file_without_a_vit_is_refused(tmp_path, content):
     with pytest.raises(ValueError, match=r"vit\.pt"):
         vit.load_weights(vit.ViT(**SQUARE), save(content, tmp_path / "vit.pt"))
+
+
+@pytest.mark.parametrize("wrong", [{"pos_embed": torch.zeros(10, 8)}, {"head.weight": 3}], ids=["an axis less", "int"])
+def test_values_that_no_vit_has_are_refused(tmp_path, wrong):
+    """The names are right, what they name is not."""
+    with pytest.raises(ValueError, match=r"vit\.pt"):
+        vit.load_weights(vit.ViT(**SQUARE), save(timm_file() | wrong, tmp_path / "vit.pt"))
 
 
 class Trap:
