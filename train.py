@@ -63,7 +63,7 @@ RECIPES = {
     ("pretrain", "photos"): dict(
         steps={"cpu": 24, "cuda": 600}, batch_size=8, lr=4e-3, warmup=0.1, weight_decay=0.05, crop=(0.2, 1.0)
     ),
-    ("pretrain", "fashion-mnist"): SMALL | dict(epochs=16, lr=4e-3, crop=(0.5, 1.0)),
+    ("pretrain", "fashion-mnist"): SMALL | dict(epochs=9, lr=4e-3, crop=(0.5, 1.0)),
     ("pretrain", "cifar"): SMALL | dict(epochs=200, lr=2e-3, crop=(0.2, 1.0)),
     # MAE's for ViT-B (table 9), with HPM's layer decay.
     ("finetune", "folder"): dict(
@@ -74,7 +74,7 @@ RECIPES = {
         steps={"cpu": 24, "cuda": 600}, batch_size=8, lr=4e-3, warmup=0.2, weight_decay=0.05, crop=(0.08, 1.0),
         layer_decay=0.8,
     ),
-    ("finetune", "fashion-mnist"): SMALL | dict(epochs=6, lr=4e-3, crop=0, layer_decay=0.8),
+    ("finetune", "fashion-mnist"): SMALL | dict(epochs=4, lr=4e-3, crop=0, layer_decay=0.8),
     ("finetune", "cifar"): SMALL | dict(epochs=50, lr=2e-3, crop=4, layer_decay=0.8),
     # MAE's (table 10), with SGD in place of LARS.
     ("linear", "any"): dict(epochs=90, batch_size=1024, lr=0.1, warmup=0.1, weight_decay=0.0, crop=None),

@@ -296,6 +296,10 @@ class ViT(nn.Module):
         dropout=0.0, drop_path=0.0, gelu="none", pre_norm=False, eps=1e-6, fused=True,
     ):  # fmt: skip
         super().__init__()
+        names = dict(pool=(pool, "cls mean"), head=(head, "linear mlp"), pos_embed=(pos_embed, "learned sincos"))
+        for option, (given, allowed) in names.items():
+            if given not in allowed.split():
+                raise ValueError(f"unknown {option} {given!r}; there are {' and '.join(allowed.split())}")
         if not class_token and pool == "cls":
             raise ValueError('pool="cls" needs the class token; use pool="mean" or class_token=True')
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
@@ -380,8 +384,10 @@ def gather(tokens, index):
 
 
 def init_weights(module):
-    """Start as the paper's code does: Xavier-uniform matrices, zero biases, N(0, 0.02²) positions
-    and tokens, a head of zeros. U_qkv holds three D x D matrices: each is drawn for its own size."""
+    """How training starts: Xavier-uniform matrices, zero biases, N(0, 0.02²) positions and tokens, a head of zeros.
+
+    U_qkv holds three D x D matrices; each is drawn for its own size, as in the authors' code.
+    """
     for name, parameter in module.named_parameters():
         if name.endswith("head.weight"):
             nn.init.zeros_(parameter)
@@ -488,11 +494,12 @@ def read_checkpoint(source):
     except FileNotFoundError:
         raise ValueError(f"no weights at {source}; check the path") from None
     except Exception as error:  # whatever it meets in a file that is no checkpoint
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
         raise ValueError(f"{source} is not a checkpoint that can be read safely ({reason})") from None
     for wrapper in ("model", "state_dict"):
         state = state.get(wrapper, state) if isinstance(state, dict) else {}
-    return {str(name): value for name, value in state.items()}
+    items = state.items() if isinstance(state, dict) else ()
+    return {str(name): value for name, value in items}
 
 
 def load_state(model, state, source):
@@ -503,6 +510,9 @@ def load_state(model, state, source):
         raise ValueError(f"{source} holds no ViT: no {anchor} among its keys {', '.join(list(state)[:3]) or '(none)'}")
     state = {name.removeprefix(found[0]): value for name, value in state.items() if name.startswith(found[0])}
     own, notes = model.state_dict(), []
+    for name, value in own.items():
+        if name in state and getattr(state[name], "ndim", None) != value.ndim:
+            raise ValueError(f"{source} does not fit: its {name} is not a tensor with {value.ndim} dimensions")
     if "pos_embed" in state:
         state["pos_embed"], notes = fit_positions(model, state["pos_embed"], int("cls_token" in state), source)
     here, there = (s["head.weight"].shape[0] if "head.weight" in s else None for s in (own, state))
@@ -513,8 +523,8 @@ def load_state(model, state, source):
     depths = [len({name.split(".")[1] for name in s if name.startswith("blocks.")}) for s in (own, state)]
     if depths[0] != depths[1]:
         raise ValueError(f"{source} does not fit: its depth is {depths[1]} blocks, this model's {depths[0]}")
-    for name in own.keys() & state:
-        if state[name].shape != own[name].shape:
+    for name in own:
+        if name in state and state[name].shape != own[name].shape:
             given, wanted = tuple(state[name].shape), tuple(own[name].shape)
             raise ValueError(f"{source} does not fit: its {name} has the shape {given}, this model's {wanted}")
     told = {"head"} if here and there and here != there else set()
@@ -545,7 +555,7 @@ def fit_positions(model, positions, prefix, source):
     if N != rows * columns:
         if side**2 != N:
             raise ValueError(
-                f"{source} has positions for {N} patches, no square; give --img-size as it was trained with"
+                f"{source} has positions for {N} patches, no square grid; use the image size that it was trained with"
             )
         positions = resize_pos_embed(positions, (side, side), model.grid, prefix)
         notes.append(f"positions interpolated from {side}x{side} to {rows}x{columns}")

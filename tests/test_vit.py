@@ -909,7 +909,14 @@ def test_a_file_that_does_not_fit_is_refused_and_the_model_unchanged(tmp_path, o
 
 @pytest.mark.parametrize(
     "content",
-    [{"fc.weight": torch.zeros(2)}, {}, [1, 2], {0: torch.zeros(2)}, {"model": [1]}, {"state_dict": [1]}],
+    [
+        {"fc.weight": torch.zeros(2)},
+        {},
+        [1, 2],
+        {0: torch.zeros(2)},
+        {"model": [1]},
+        {"state_dict": [1]},
+    ],
     ids=["other net", "empty", "list", "numbers as names", "list as model", "list as state_dict"],
 )
 def test_a_file_without_a_vit_is_refused(tmp_path, content):
