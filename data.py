@@ -294,8 +294,6 @@ class InMemory:
 class Features:
     """What a frozen encoder said of each image: features (n, D), labels (n,). Batches as of `InMemory`."""
 
-    unreadable = {}
-
     def __init__(self, features, labels):
         self.features, self.labels = features, labels
 

@@ -108,19 +108,14 @@ class LinearProbe(nn.Module):
 
     def __init__(self, encoder, dim, classes):
         super().__init__()
-        self.encoder = encoder.requires_grad_(False)
+        self.frozen = (encoder.requires_grad_(False).eval(),)  # in a tuple: it stays as it is, and out of checkpoints
         self.norm = nn.BatchNorm1d(dim, affine=False, eps=1e-6)
         self.head = nn.Linear(dim, classes)
         nn.init.zeros_(self.head.weight)
 
-    def train(self, mode=True):
-        super().train(mode)
-        self.encoder.eval()
-        return self
-
     def forward(self, images):
         with torch.no_grad():
-            y = self.encoder(images)
+            y = self.frozen[0](images)
         return self.head(self.norm(y.float()))
 
 
@@ -131,9 +126,8 @@ def linear_probe(encoder, dataset, config):
     if 4 * dim * len(dataset.train) > free / 2:
         return LinearProbe(encoder, dim, len(dataset.classes)).to(config.device), dataset
     train, test = (data.Features(*extract(encoder, split, config)) for split in (dataset.train, dataset.test))
-    return LinearProbe(nn.Identity(), dim, len(dataset.classes)).to(config.device), dataset._replace(
-        train=train, test=test
-    )
+    dataset = dataset._replace(train=train, test=test)
+    return LinearProbe(nn.Identity(), dim, len(dataset.classes)).to(config.device), dataset
 
 
 # ---------------------------------------------------------------------------------------------
@@ -208,11 +202,11 @@ def plot_masks(out, config, model, dataset, alpha):
     for column, (title, pictures) in enumerate(columns.items()):
         axes[0, column].set_title(title, fontsize=9)
         for row, picture in enumerate(pictures.float().cpu()):
-            panel, pixels = axes[row, column], (picture * std + mean).clamp(0, 1).permute(1, 2, 0)
+            panel, pixels = axes[row, column], (picture * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
             panel.axis("off")
             if title == "predicted loss":
-                panel.imshow(pixels.mean(dim=-1), cmap="gray", vmin=0, vmax=1)
-                heat = seen["teacher_loss"][row].float().reshape(grid).cpu()
+                panel.imshow(pixels.mean(axis=-1), cmap="gray", vmin=0, vmax=1)
+                heat = seen["teacher_loss"][row].float().reshape(grid).cpu().numpy()
                 panel.imshow(
                     heat, cmap="viridis", alpha=0.65, extent=(-0.5, pixels.shape[1] - 0.5, pixels.shape[0] - 0.5, -0.5)
                 )

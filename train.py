@@ -172,7 +172,10 @@ def image_size(text):
 
 def pair(text):
     """0,0.5 -> (0.0, 0.5)."""
-    first, second = (float(number) for number in text.split(","))
+    try:
+        first, second = (float(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a pair of numbers; give two, as 0,0.5") from None
     return first, second
 
 
@@ -216,19 +219,19 @@ def configure(given):
         raise ValueError(
             f"--micro-batch {config.micro_batch} does not divide --batch-size {config.batch_size}; use a divisor of it"
         )
-    if config.steps is None and config.epochs is None and "steps" in recipe:
+    if config.task == "knn" or (config.steps is None and config.epochs is None and "steps" in recipe):
         config.steps = recipe["steps"][config.device]
     if config.steps is None:
         default(epochs=recipe.get("epochs"))
         config.steps = math.ceil(config.epochs * len(dataset.train) / config.batch_size)
     default(warmup=round(recipe["warmup"] * config.steps))
+    dataset.train.randaugment = config.randaugment
     return config, dataset
 
 
 def load_dataset(config):
     """The data of a run; with --labels, a part of its training images."""
     dataset = data.load(config.data, config.img_size, config.data_dir)
-    dataset.train.randaugment = config.randaugment
     if config.labels:
         dataset = dataset._replace(train=dataset.train.subset(config.labels, config.seed))
     return dataset
@@ -362,6 +365,9 @@ def new_run(given):
     """The folder of a new run. Raises ValueError if that would replace another one."""
     if given.out is None:
         return next(folder for folder in default_folders(given) if not folder.exists())
+    nearest = next(path for path in (Path(given.out), *Path(given.out).absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"--out {given.out} can't be a folder, for {nearest} is a file; give another one")
     if (Path(given.out) / "config.json").exists() and not given.overwrite:
         raise ValueError(
             f"{given.out} holds a run; --resume continues it, --overwrite replaces it, another --out keeps it"
@@ -379,9 +385,13 @@ def old_run(given):
         out = there[-1] if there else next(default_folders(given))
     else:
         out = Path(given.out)
-    if not (out / "last.pt").exists():
-        raise ValueError(f"nothing to resume: no {out / 'last.pt'}; check --out, or leave --resume out to start")
-    saved = json.loads((out / "config.json").read_text())
+    for name in ("last.pt", "config.json"):
+        if not (out / name).exists():
+            raise ValueError(f"nothing to resume: no {out / name}; check --out, or leave --resume out to start")
+    try:
+        saved = json.loads((out / "config.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{out / 'config.json'} is damaged ({error}); start anew with --overwrite") from None
     saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     for name, value in vars(given).items():
         if name in saved and value not in (None, saved[name]):
@@ -398,7 +408,8 @@ def start_log(out, config, checkpoint):
     lines = [line for line in read_log(out) if line["step"] <= checkpoint["step"]] if checkpoint else []
     (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if not checkpoint:
-        (out / "last.pt").unlink(missing_ok=True)
+        for name in ("last.pt", "result.json", "curves.png", "masks.png"):
+            (out / name).unlink(missing_ok=True)
 
 
 def save(path, content):
@@ -420,8 +431,10 @@ def load(path):
 
 
 def read_log(out):
-    """The objects of log.jsonl."""
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    """The objects of log.jsonl; a last line without an end was cut off and does not count."""
+    return [
+        json.loads(line) for line in (out / "log.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")
+    ]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -473,7 +486,7 @@ def read(pending, done):
     return dict(zip(names, table.mean(dim=0).tolist(), strict=True))
 
 
-def train(config, dataset, model, out, checkpoint):
+def train(config, model, dataset, out, checkpoint):
     """Run to the end, or until a signal. Returns the number of the signal, or 0.
 
     Raises FloatingPointError if a loss or a gradient is not finite; last.pt is then from before.
@@ -518,8 +531,8 @@ def train(config, dataset, model, out, checkpoint):
             bar.update()
 
             done = step + 1
-            evaluating = done % eval_every == 0 or done == config.steps
-            if not (evaluating or stop or done % log_every == 0):
+            evaluating, stopping = done % eval_every == 0 or done == config.steps, bool(stop)
+            if not (evaluating or stopping or done % log_every == 0):
                 continue
             line |= read(pending, done)
             elapsed = time.monotonic() - clock
@@ -530,14 +543,14 @@ def train(config, dataset, model, out, checkpoint):
             if evaluating:
                 line |= (evaluate_pretraining if pretraining else evaluate)(model, dataset.test, config)
             log.write(json.dumps(line) + "\n")
-            if evaluating or stop or time.monotonic() - saved > SAVE_EVERY:
+            if evaluating or stopping or time.monotonic() - saved > SAVE_EVERY:
                 state = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
                 save(out / "last.pt", state | dict(step=done, seconds=seconds, config=vars(config)))
                 plot_curves(out, config)
                 if pretraining:
                     plot_masks(out, config, model, dataset, line.get("alpha", 0.0))
                 saved = time.monotonic()
-            if stop and done < config.steps:
+            if stopping and done < config.steps:
                 return stop[0]
             clock = time.monotonic()
     return 0
@@ -560,6 +573,7 @@ def finish(config, dataset, out, scores, seconds, params):
     }
     reached = ", ".join(text.format(scores[name]) for name, text in words.items() if name in scores)
     effort = f"{config.steps:,} steps in {seconds:.0f} s, {images / seconds:.1f} images/s"
+    effort = effort if config.steps else f"{seconds:.0f} s"  # nearest neighbours take no steps
     print(f"{config.task}: {config.arch} on {config.data} reached {reached}; {effort}; all in {out}")
 
 
@@ -581,6 +595,7 @@ def main(argv=None):
         if given.resume:
             out, config = old_run(given)
             dataset = load_dataset(config)
+            dataset.train.randaugment = config.randaugment
             checkpoint = load(out / "last.pt")
         else:
             config, dataset = configure(given)
@@ -603,9 +618,8 @@ def main(argv=None):
             top1 = nearest_neighbours(*features, len(dataset.classes))
             finish(config, dataset, out, {"top1": top1}, time.monotonic() - clock, params)
             return 0
-        if config.task == "linear":
-            model, dataset = linear_probe(model, dataset, config)
-        stopped = train(config, dataset, model, out, checkpoint)
+        probe = linear_probe(model, dataset, config) if config.task == "linear" else (model, dataset)
+        stopped = train(config, *probe, out, checkpoint)
     except FloatingPointError as error:
         kept = (
             f"{out / 'last.pt'} has the last good state" if (out / "last.pt").exists() else "nothing was saved before"

@@ -454,7 +454,6 @@ def allocated_peak(run):
     return peak
 
 
-@pytest.mark.xfail(strict=True, reason="harder.sum() casts the pairs to int64 while the margins are there: 3.5 tensors")
 def test_the_relative_loss_needs_memory_for_three_tensors_of_pairs():
     """Forward and backward, for ViT-B/16 at batch 256: (B, n, n) float32 are 22 MB with n = 147."""
     predicted, true = torch.randn(256, 147, requires_grad=True), torch.rand(256, 147)
@@ -786,10 +785,7 @@ def test_a_step_never_waits_for_the_device(mask, target, predictor):
     assert len(operations.waits) == 2
 
 
-GRID_COPY = pytest.mark.xfail(strict=True, reason="grid_mask makes its rows and columns on the CPU and copies them")
-
-
-@pytest.mark.parametrize("kind", ["random", "block", pytest.param("grid", marks=GRID_COPY)])
+@pytest.mark.parametrize("kind", ["random", "block", "grid"])
 def test_masks_are_drawn_on_the_device(kind):
     """A copy from the host's memory would make the host wait. (meta: a device without numbers.)"""
     with Operations() as operations:
@@ -823,13 +819,11 @@ def test_what_does_not_fit_is_refused(options, message):
         hpm.create("vit_tiny4", 28, 1, **options)
 
 
-@pytest.mark.xfail(strict=True, reason="create overwrites the width of any target by the frozen model's")
 def test_a_frozen_model_that_is_not_the_target_changes_nothing():
     model = small(frozen=frozen_for("dino"))
     assert model(images_of(model), 0.5, seeded())["prediction"].shape == (3, 18, 32)
 
 
-@pytest.mark.xfail(strict=True, reason="features of a finer grid are picked by the student's indices: wrong places")
 def test_a_frozen_model_with_another_grid_is_refused():
     """Its patches are other patches. 8 x 8 of them, picked by the indices of a 4 x 4 grid, would raise nothing."""
     finer = vit.ViT(img_size=16, patch_size=2, dim=24, depth=1, num_heads=2, num_classes=0)
