@@ -130,7 +130,12 @@ def parse(argv):
     add("--out", metavar="DIR", help="run folder; default runs/TASK-ARCH-DATA")
     add("--overwrite", action="store_true", help="replace the run that is in --out")
     add("--resume", action="store_true", help="go on with the run that is in --out")
-    add("--img-size", metavar="PX", type=image_size, help="224, or HxW as 192x256; default the data's own, else 224")
+    add(
+        "--img-size",
+        metavar="PX",
+        type=image_size,
+        help="224, or HxW: 192x256; default 224, vit_micro4: the data's own",
+    )
     add("--epochs", metavar="N", type=float, help="length of the run in epochs …")
     add("--steps", metavar="N", type=int, help="… or in steps")
     add("--batch-size", metavar="B", type=int, help="images a step")
@@ -197,14 +202,13 @@ def configure(given):
     hard, features = config.task == "hpm", config.target in ("ema", "dino", "clip")
     default(mask="hard" if hard else "random", predictor_loss="relative" if hard else "none", mask_ratio=0.75)
     default(target="pixels", alpha=(0.0, 0.2 if features else 0.5))
-    default(
-        optimizer="sgd" if config.task == "linear" else "adamw", pool="mean" if config.task == "finetune" else "cls"
-    )
+    default(optimizer="sgd" if config.task == "linear" else "adamw")
+    default(pool="mean" if (config.task, config.optimizer) == ("finetune", "adamw") else "cls")
     check(config)
 
     patch_size = vit.ARCHS[config.arch]["patch_size"]
-    native = data.NATIVE_SIZE.get(config.data, 32 if patch_size < 8 else 224)
-    default(img_size=(native, native) if native % patch_size == 0 else (224, 224))
+    side = data.NATIVE_SIZE.get(config.data, 32) if patch_size < 8 else 224  # larger patches: too few of them at 32
+    default(img_size=(side, side))
     grid = vit.patch_grid(*config.img_size, patch_size)
     if config.task in PRETRAINING:
         hpm.count_hidden(math.prod(grid), config.mask_ratio)
