@@ -39,7 +39,7 @@ def file_format(path):
     """ "torch", "numpy" or "safetensors", by what the file holds; its name says nothing.
 
     torch and NumPy both write zip files: the first holds a data.pkl, the second only arrays. Their checksums are
-    looked at here, for torch.load does not (0.1 s for ViT-B): damaged weights load as other numbers without a word.
+    looked at here, for torch.load does not (0.3 s for ViT-B): damaged weights load as other numbers without a word.
     Raises ValueError for anything else, a damaged zip file included.
     """
     with open(path, "rb") as file:
@@ -95,7 +95,7 @@ def download(url):
     """The path of a copy of the file at a URL, in $VIT_CACHE, by default ~/.cache/vit-hpm; made once, used again.
 
     A name as vit-0123abcd.pth carries the start of the file's SHA-256 (torch.hub's convention): it is checked.
-    A file comes to its final name only when it is whole and holds weights. Raises ValueError if any of this fails.
+    A file comes to its final name only when it is whole and holds weights. Raises ValueError if one of this fails.
     """
     name = urllib.parse.urlsplit(url).path.rpartition("/")[2][-100:]
     folder = Path(os.environ.get("VIT_CACHE") or "~/.cache/vit-hpm").expanduser()
@@ -105,16 +105,16 @@ def download(url):
     digest, done, part = hashlib.sha256(), 0, None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False)
-        part = Path(file.name)
-        with file, urllib.request.urlopen(url, timeout=30) as response:
+        with urllib.request.urlopen(url, timeout=30) as response:
             size = int(response.headers.get("Content-Length", 0))
-            with tqdm(total=size or None, unit="B", unit_scale=True, desc=name) as bar:
-                while block := response.read(1 << 20):
-                    file.write(block)
-                    digest.update(block)
-                    done += len(block)
-                    bar.update(len(block))
+            with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as file:
+                part = Path(file.name)
+                with tqdm(total=size or None, unit="B", unit_scale=True, desc=name) as bar:
+                    while block := response.read(1 << 20):
+                        file.write(block)
+                        digest.update(block)
+                        done += len(block)
+                        bar.update(len(block))
         if size and done != size:
             raise ValueError(f"only {done} of {size} bytes came; try again")
         wanted = re.search(r"-([0-9a-f]{8,64})\.\w+$", name)
@@ -186,7 +186,9 @@ HUGGING_FACE = (  # transformers' names in files, and inside version 5: layers.0
     (r"^decoder\.decoder_(norm|pred)", r"decoder.\1"),
     (r"^decoder\.decoder_(layers|encoder\.layer)\.", "decoder.blocks."),  # the second is what version 5 writes
     (r"^(encoder\.layer|layers)\.", "blocks."),
-    (r"\.attention\.(attention\.)?([qkv])(uery|ey|alue|_proj)\.", r".attn.\2."),
+    (r"\.attention\.(attention\.query|q_proj)\.", ".attn.q."),
+    (r"\.attention\.(attention\.key|k_proj)\.", ".attn.k."),
+    (r"\.attention\.(attention\.value|v_proj)\.", ".attn.v."),
     (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"\.output\.dense\.", ".mlp.fc2."),
@@ -199,7 +201,9 @@ HUGGING_FACE = (  # transformers' names in files, and inside version 5: layers.0
 GOOGLE = (  # Flax: the numbers count a block's parts, whose dropout and residual have no weights
     (r"^Transformer/encoderblock_(\d+)/", r"blocks.\1."),
     (r"\.LayerNorm_0/", ".norm1."),
-    (r"\.MultiHeadDotProductAttention_1/([qkv])(uery|ey|alue)/", r".attn.\1."),
+    (r"\.MultiHeadDotProductAttention_1/query/", ".attn.q."),
+    (r"\.MultiHeadDotProductAttention_1/key/", ".attn.k."),
+    (r"\.MultiHeadDotProductAttention_1/value/", ".attn.v."),
     (r"\.MultiHeadDotProductAttention_1/out/", ".attn.proj."),
     (r"\.LayerNorm_2/", ".norm2."),
     (r"\.MlpBlock_3/Dense_0/", ".mlp.fc1."),
@@ -241,7 +245,7 @@ KNOWN = re.compile(
 
 
 def find_layout(state, which):
-    """The first layout whose names are all there behind some prefix: (prefix, names, values), prefix None for none.
+    """The first layout whose names are all there behind some prefix: (prefix, names, values), or None.
 
     With several prefixes, as `student.` and `teacher.`, the one that `which` names; else the first.
     """
@@ -250,7 +254,12 @@ def find_layout(state, which):
         prefixes = [p for p in prefixes if p[-1:] in ("", ".", "/") and all(p + other in state for other in others)]
         if prefixes:
             return max(prefixes, key=lambda prefix: which in prefix.split(".")), names, values
-    return None, (), ()
+    return None
+
+
+def first(pattern_table, name):
+    """The entry of a table whose pattern is the first to be found in a name, or None."""
+    return next((entry for pattern, entry in pattern_table if re.search(pattern, name)), None)
 
 
 def read(source, which="student"):
@@ -266,9 +275,10 @@ def read(source, which="student"):
     a ViT does not have: without them it would be another function. No code that a file may carry is ever run.
     """
     state = tensors(source, which)
-    prefix, names, values = find_layout(state, which)
-    if prefix is None:
+    found = find_layout(state, which)
+    if found is None:
         raise ValueError(f"{source} holds no ViT that is known here; its keys are {show(state)}")
+    prefix, names, values = found
     out, unknown = {}, []
     for key, value in state.items():
         if not key.startswith(prefix):
@@ -282,9 +292,12 @@ def read(source, which="student"):
             if not isinstance(value, torch.Tensor):
                 raise ValueError(f"{source} does not fit: its {key} is no tensor but a {type(value).__name__}")
             try:
-                out[name] = next((change(value) for pattern, change in values if re.search(pattern, theirs)), value)
-            except (RuntimeError, IndexError):
-                raise ValueError(f"{source} does not fit: its {key} has the shape {tuple(value.shape)}") from None
+                arrange = first(values, theirs)
+                out[name] = arrange(value) if arrange else value
+            except (RuntimeError, IndexError) as error:
+                raise ValueError(
+                    f"{source} does not fit: its {key} is {tuple(value.shape)}: {explain(error)}"
+                ) from None
     if unknown:
         raise ValueError(f"{source} is a model of another kind: no ViT here has its {show(unknown)}")
     return join_qkv(out, source)
@@ -294,15 +307,15 @@ def join_qkv(state, source):
     """U_q, U_k and U_v, three matrices in some files, as the one matrix U_qkv of ViT eq. 5, in their place."""
     out = {}
     for name, value in state.items():
-        apart = re.fullmatch(r"(.*\.attn\.)[qkv](\.\w+)", name)
-        joined = f"{apart[1]}qkv{apart[2]}" if apart else name
-        if not apart:
+        if not (apart := re.fullmatch(r"(.*\.attn\.)([qkv])(\.\w+)", name)):
             out[name] = value
-        elif joined not in out:
-            parts = [state.get(f"{apart[1]}{letter}{apart[2]}") for letter in "qkv"]
-            if any(part is None or part.ndim == 0 or part.shape != value.shape for part in parts):
-                raise ValueError(f"{source} does not fit: q, k and v of {apart[1]}* are not three of one shape")
-            out[joined] = torch.cat(parts)
+            continue
+        parts = [state.get(f"{apart[1]}{letter}{apart[3]}") for letter in "qkv"]
+        if any(part is None or part.shape[1:] != value.shape[1:] or not part.ndim for part in parts):
+            raise ValueError(f"{source} does not fit: q, k and v of {apart[1]}* are not three of one width")
+        out.setdefault(f"{apart[1]}qkv{apart[3]}", None)
+        if apart[2] == "q":
+            out[f"{apart[1]}qkv{apart[3]}"] = torch.cat(parts)
     return out
 
 
