@@ -334,6 +334,7 @@ class Folder(torch.utils.data.Dataset):
     def subset(self, n, seed):
         """A part of n files, the same number of each class (or one more)."""
         part = copy.copy(self)
+        part.unreadable = {}
         part.files = [self.files[i] for i in balanced(torch.tensor([label for _, label in self.files]), n, seed)]
         return part
 
@@ -610,7 +611,7 @@ def cifar(name, data_dir):
         statistics = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
     path = fetch(data_dir, archive, CIFAR_URL, CIFAR_MD5)
     try:
-        with tarfile.open(path) as tar:  # members are read, never unpacked to disk
+        with tarfile.open(path, "r:gz") as tar:  # members are read, never unpacked to disk
             read = {m: tar.extractfile(f"{base}/{m}").read() for m in (*train, *test, names)}
         splits = []
         for files in (train, test):

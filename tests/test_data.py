@@ -565,14 +565,17 @@ def test_a_subset_of_a_split_keeps_images_and_labels_together(kind, tmp_path):
 
 
 def test_a_subset_of_a_set_that_wraps_around_keeps_images_sizes_and_labels_together():
-    """As `photos`: 12 samples of 3 images."""
-    images = torch.arange(3, dtype=torch.uint8)[:, None, None, None].expand(3, 3, 9, 9) * 20
-    split = data.InMemory(images, torch.arange(3).repeat(4), *PLAIN, sizes=torch.tensor([[4, 4], [5, 5], [6, 6]]))
-    part = split.subset(7, seed=0)
-    assert sorted(torch.bincount(part.labels).tolist()) == [2, 2, 3]
-    (seen, labels), *_ = part.test_batches((8, 8), 10, CPU)
-    assert (seen.round() == 20 * labels[:, None, None, None]).all(), "another image's label"
-    assert part.sizes[:, 0].tolist() == (4 + labels).tolist(), "another image's size"
+    """Twelve samples of 3 images, of which each has every label."""
+    images, labels = (
+        torch.arange(3, dtype=torch.uint8)[:, None, None, None].expand(3, 3, 9, 9) * 20,
+        torch.arange(12) % 4,
+    )
+    split = data.InMemory(images, labels, *PLAIN, sizes=torch.tensor([[4, 4], [5, 5], [6, 6]]))
+    part, keep = split.subset(7, seed=0), data.balanced(labels, 7, seed=0)
+    (seen, given), *_ = part.test_batches((8, 8), 10, CPU)
+    assert given.tolist() == labels[keep].tolist()
+    assert (seen.round() == 20 * (keep % 3)[:, None, None, None]).all(), "another sample's image"
+    assert part.sizes[:, 0].tolist() == (4 + keep % 3).tolist(), "another sample's size"
 
 
 @pytest.mark.parametrize("size", [(6, 6), (5, 7), (8, 9)])
@@ -829,71 +832,88 @@ def test_randaugment_is_a_function_of_the_draw_and_for_training_only(tmp_path):
     assert torch.equal(*tested)
 
 
-@pytest.mark.parametrize("k", range(14))
-def test_every_operation_of_randaugment_does_what_it_is_called(k):
-    """By hand on an image of 20 x 10 pixels: strength 1 or 1/2, both signs; a strength of 0 changes nothing."""
-    operation, image = data.OPERATIONS[k], pixels(10, 20, 3).numpy() // 2 + 40  # 40 to 167
-    if k == 1:
-        image = image.repeat(8, axis=0).repeat(8, axis=1)  # equalize leaves images of fewer than 256 pixels alone
-    grey, i = np.array(data.GREY), image.astype(float)
+def luma(pixel):
+    return (0.299 * pixel[..., 0] + 0.587 * pixel[..., 1] + 0.114 * pixel[..., 2])[..., None]
 
-    def luma(pixel):
-        return 0.299 * pixel[..., :1] + 0.587 * pixel[..., 1:2] + 0.114 * pixel[..., 2:]
 
-    def apply(strength, sign):
-        return np.asarray(operation(Image.fromarray(image), strength, sign)).astype(float)
+def sharper(i, factor):
+    """Away from an image smoothed by [[1, 1, 1], [1, 5, 1], [1, 1, 1]] / 13; the border stays."""
+    smooth = i.copy()
+    for y, x in np.ndindex(i.shape[0] - 2, i.shape[1] - 2):
+        smooth[y + 1, x + 1] = (i[y : y + 3, x : x + 3].sum(axis=(0, 1)) + 4 * i[y + 1, x + 1]) / 13
+    return smooth + factor * (i - smooth)
 
-    if k not in (0, 1, 2, 3):
-        for sign in (-1, 1):
-            equal(torch.tensor(apply(0, sign)), i, "strength 0")
+
+COLOUR_OPERATIONS = {  # place in OPERATIONS, strength, sign, and the operation by hand
+    "autocontrast": (0, 0.5, 1, lambda i: (i - i.min((0, 1))) * 255 / (i.max((0, 1)) - i.min((0, 1)))),
+    "invert": (2, 0.5, 1, lambda i: 255 - i),
+    "posterize to 4 bits": (3, 0.0, 1, lambda i: i // 16 * 16),
+    "posterize to 2 bits": (3, 0.5, 1, lambda i: i // 64 * 64),
+    "posterize to 1 bit": (3, 1.0, 1, lambda i: i // 128 * 128),
+    "solarize the upper half": (4, 0.5, 1, lambda i: np.where(i >= 128, 255 - i, i)),
+    "more colour": (5, 0.5, 1, lambda i: luma(i) + 1.45 * (i - luma(i))),
+    "less colour": (5, 1.0, -1, lambda i: luma(i) + 0.1 * (i - luma(i))),
+    "more contrast": (6, 0.5, 1, lambda i: luma(i).mean() + 1.45 * (i - luma(i).mean())),
+    "less contrast": (6, 1.0, -1, lambda i: luma(i).mean() + 0.1 * (i - luma(i).mean())),
+    "brighter": (7, 0.5, 1, lambda i: 1.45 * i),
+    "darker": (7, 1.0, -1, lambda i: 0.1 * i),
+    "sharper": (8, 0.5, 1, lambda i: sharper(i, 1.45)),
+    "smoother": (8, 1.0, -1, lambda i: sharper(i, 0.1)),
+}
+
+
+@pytest.mark.parametrize("name", COLOUR_OPERATIONS)
+def test_colour_operations_of_randaugment_are_what_they_are_by_hand(name):
+    k, strength, sign, by_hand = COLOUR_OPERATIONS[name]
+    image = pixels(10, 20, 3) // 2 + 40
+    ours = data.OPERATIONS[k](Image.fromarray(image.numpy()), strength, sign)
+    equal(torch.from_numpy(np.array(ours)), by_hand(image.numpy().astype(float)).clip(0, 255), atol=2)
+
+
+def test_equalize_of_randaugment_makes_every_level_as_frequent_as_the_others():
+    dark = Image.fromarray((uniform(64, 64, 3).numpy() ** 2 * 200).astype(np.uint8))
+    for level in np.asarray(data.OPERATIONS[1](dark, 0.5, 1)).reshape(-1, 3).T:
+        np.testing.assert_allclose(np.sort(level), np.linspace(0, 255, 64 * 64), atol=20)
+
+
+def turned(x, y, angle, W=24, H=16):
+    """Where a picture that is turned around its middle, against the clock, has the point (x, y) from."""
+    x, y, a = x - W / 2, y - H / 2, math.radians(angle)
+    return math.cos(a) * x - math.sin(a) * y + W / 2, math.sin(a) * x + math.cos(a) * y + H / 2
+
+
+MOVES = {  # place in OPERATIONS, and where the point (x, y) of 24 x 16 pixels comes from; t: the strength with its sign
+    "rotate by up to 30 degrees": (9, lambda x, y, t: turned(x, y, 30 * t)),
+    "shear rows by up to 0.3": (10, lambda x, y, t: (x + 0.3 * t * y, y)),
+    "shear columns by up to 0.3": (11, lambda x, y, t: (x, y + 0.3 * t * x)),
+    "shift by up to 0.45 of the width": (12, lambda x, y, t: (x + 0.45 * t * 24, y)),
+    "shift by up to 0.45 of the height": (13, lambda x, y, t: (x, y + 0.45 * t * 16)),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+@pytest.mark.parametrize(("strength", "sign"), [(1.0, 1), (1.0, -1), (0.5, 1)])
+def test_moves_of_randaugment_take_pixels_from_where_they_should(name, strength, sign):
+    """Red grows by the column, green by the row, so that colours tell the place. What comes from outside is grey."""
+    k, source = MOVES[name]
+    image, outside = np.zeros((16, 24, 3), np.uint8), 0
+    image[..., 0], image[..., 1] = np.arange(24) * 10, np.arange(16)[:, None] * 10
+    ours = np.asarray(data.OPERATIONS[k](Image.fromarray(image), strength, sign)).astype(float)
+    for i, j in np.ndindex(16, 24):
+        x, y = source(j + 0.5, i + 0.5, strength * sign)  # pixel centres
+        if 2 < x < 22 and 2 < y < 14:
+            assert ours[i, j] == pytest.approx([10 * (x - 0.5), 10 * (y - 0.5), 0], abs=2.5), (i, j)
+        elif not (-0.1 < x < 24.1 and -0.1 < y < 16.1):
+            assert tuple(ours[i, j]) == data.GREY, (i, j)
+            outside += 1
+    assert outside > 0, "the test leaves no border"
+
+
+@pytest.mark.parametrize("k", range(4, 14))
+def test_operations_of_randaugment_at_strength_0_change_nothing(k):
+    image = Image.fromarray(pixels(10, 20, 3).numpy())
     for sign in (-1, 1):
-        half, full = apply(0.5, sign), apply(1, sign)
-        if k == 0:  # autocontrast: each channel from 0 to 255
-            low, high = i.min(axis=(0, 1)), i.max(axis=(0, 1))
-            assert np.abs(half - (i - low) * 255 / (high - low)).max() < 1.01
-        elif k == 1:  # equalize: every level as often as any other, order kept
-            for c in range(3):
-                assert (np.diff(half[..., c].flatten()[i[..., c].flatten().argsort(kind="stable")]) >= 0).all()
-                assert np.sort(half[..., c].flatten()) == pytest.approx(np.linspace(0, 255, half[..., c].size), abs=12)
-        elif k == 2:  # invert
-            assert (half == 255 - i).all()
-        elif k == 3:  # posterize: 4 bits are kept at strength 0, two at a half, one at last
-            assert (apply(0, sign) == i // 16 * 16).all()
-            assert (half == i // 64 * 64).all()
-            assert (full == i // 128 * 128).all()
-        elif k == 4:  # solarize: invert what is above the threshold
-            assert (half == np.where(i >= 128, 255 - i, i)).all()
-            assert (full == 255 - i).all()
-        elif k in (5, 6, 7):  # saturation, contrast, brightness: away from or towards a grey image
-            base = (luma(i), luma(i).mean(), 0)[k - 5]
-            oracle = base + (1 + 0.9 * sign) * (i - base)
-            assert np.abs(full - oracle.clip(0, 255)).max() < 2.5
-        elif k == 8:  # sharpness: away from or towards a smoothed image; borders stay
-            smooth = i.copy()
-            for y, x in np.ndindex(8, 18):
-                smooth[y + 1, x + 1] = (i[y : y + 3, x : x + 3].sum(axis=(0, 1)) + 4 * i[y + 1, x + 1]) / 13
-            oracle = smooth + (1 + 0.9 * sign) * (i - smooth)
-            assert np.abs(full - oracle.clip(0, 255)).max() < 2.5
-        elif k == 9:  # rotate by 30 degrees: the middle stays, the corners become grey
-            bright = np.asarray(operation(Image.new("RGB", (20, 10), (255, 255, 255)), 1, sign))
-            assert (bright[0, 0] == grey).all()
-            assert (bright[4:6, 8:12] == 255).all()
-        elif k == 10:  # shear: row y moves by 0.3 y
-            bright = np.asarray(operation(Image.new("RGB", (20, 10), (255, 255, 255)), 1, sign))[..., 0] == 255
-            assert [abs(int(row.sum()) - 20 + 0.3 * y) <= 1.5 for y, row in enumerate(bright)] == [True] * 10
-            assert bright[9, 0] != bright[9, -1]
-            assert bright[9, 0] == (sign > 0)
-        elif k == 11:  # shear: column x moves by 0.3 x
-            bright = np.asarray(operation(Image.new("RGB", (20, 10), (255, 255, 255)), 1, sign))[..., 0] == 255
-            expected = [max(10 - 0.3 * x, 0) for x in range(20)]
-            assert bright.sum(axis=0) == pytest.approx(expected, abs=1.5)
-        elif k == 12:  # translate by 0.45 of the width
-            assert (full[:, :11] == i[:, 9:]).all() if sign > 0 else (full[:, 9:] == i[:, :11]).all()
-            assert (full[:, 11:] == grey).all() if sign > 0 else (full[:, :9] == grey).all()
-        elif k == 13:  # translate by 0.45 of the height: 4.5 pixels, so by 0.4 / 0.45 of the strength here
-            moved = apply(4 / 4.5, sign)
-            kept, there = (moved[:5], i[4:9]) if sign > 0 else (moved[5:], i[1:6])
-            assert np.abs(kept - there).max() <= 1
+        assert (np.asarray(data.OPERATIONS[k](image, 0.0, sign)) == np.asarray(image)).all()
 
 
 # ---------------------------------------------------------------------------------------------
