@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import vit
+import weights
 from vit import gather
 
 # ---------------------------------------------------------------------------------------------
@@ -474,7 +475,7 @@ def load_frozen(target, arch, img_size, source, in_chans=3):
     projection at the end, which becomes our head. The model has the student's architecture, so that patches
     correspond; raises ValueError, with both sizes, for weights of another patch size or width.
     """
-    state = vit.read_checkpoint(source)
+    state = weights.tensors(source) if target == "clip" else weights.read(source, which="teacher")
     options = {}
     if target == "clip":
         state = {name: value.float() for name, value in state.items() if name.startswith("visual.")}

@@ -12,7 +12,7 @@ Read this file from top to bottom: it has the paper's order.
     ViT             the whole model, and its heads                   eq. 1-4
     variants        Ti, S, B, L, H as in table 1
     looking inside  attention distance, rollout, similar positions   figures 6, 7
-    weights         loading them, whatever the image size
+    weights         loading them, whatever the image size; weights.py reads the files
 
 Letters in the shapes at the end of a line:
     B images   C channels   H, W pixels   P patch size   N patches   D width   k heads   D_h = D / k
@@ -27,6 +27,8 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+import weights
 
 # ---------------------------------------------------------------------------------------------
 # Patches
@@ -477,38 +479,18 @@ def pos_embed_similarity(pos_embed, grid, prefix=1):
 
 
 def load_weights(model, source):
-    """Load a checkpoint file into a ViT: one of ours, or any with timm's names (DeiT, DINO, MAE).
+    """Load a checkpoint, a file or a URL, into a ViT: any layout that weights.py knows.
 
     Another image size is no obstacle: learned positions are interpolated, sine-cosine ones computed for the
     model's own grid. A head for other classes is left at its initial value.
     Returns sentences that say what was adapted, left or not used. Raises ValueError, and changes nothing, if
     the file can't be read or does not fit. No code that a file may carry is ever run.
     """
-    return load_state(model, read_checkpoint(source), source)
-
-
-def read_checkpoint(source):
-    """The tensors of a checkpoint file by name, out of the wrappers that training scripts put around them."""
-    try:
-        state = torch.load(source, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"no weights at {source}; check the path") from None
-    except Exception as error:  # whatever it meets in a file that is no checkpoint
-        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
-        raise ValueError(f"{source} is not a checkpoint that can be read safely ({reason})") from None
-    for wrapper in ("model", "state_dict"):
-        state = state.get(wrapper, state) if isinstance(state, dict) else {}
-    items = state.items() if isinstance(state, dict) else ()
-    return {str(name): value for name, value in items}
+    return load_state(model, weights.read(source), source)
 
 
 def load_state(model, state, source):
     """`load_weights` from tensors by name; `source` is what messages call them."""
-    anchor = "patch_embed.proj.weight"
-    found = [name.removesuffix(anchor) for name in state if name.endswith(anchor)]
-    if not found:
-        raise ValueError(f"{source} holds no ViT: no {anchor} among its keys {', '.join(list(state)[:3]) or '(none)'}")
-    state = {name.removeprefix(found[0]): value for name, value in state.items() if name.startswith(found[0])}
     own, notes = model.state_dict(), []
     for name, value in own.items():
         if name in state and getattr(state[name], "ndim", None) != value.ndim:

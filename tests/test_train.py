@@ -239,7 +239,7 @@ BAD = {  # the command: words that its error has to have
     "--task knn": "--task knn --init",
     "--task finetune": "--task finetune --init",
     "--task finetune --init none.pt": "none.pt check the path",
-    "--task finetune --init text.pt": "text.pt not a checkpoint",
+    "--task finetune --init text.pt": "text.pt torch safetensors .npz",
     "--task linear --init narrow.pt": "narrow.pt does not fit 32 64",
     "--data fashion-mnist --data-dir here": "fashion-mnist here can't be reached --data-dir",
     "--data folder:nowhere": "nowhere/train PATH/train/CLASS",

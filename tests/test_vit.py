@@ -883,7 +883,7 @@ def test_what_a_file_lacks_and_what_is_not_used_is_said(tmp_path, img_size):
     assert re.search(r"\bfc_norm\b", left)
     assert re.search(r"\bhead\b", left), "the file has no head, so the model's is untrained: say so at any image size"
     assert re.search(r"\bnorm\b", unused)
-    assert re.search(r"\bdecoder_pred\b", unused)
+    assert re.search(r"\bdecoder\b", unused)
 
 
 @pytest.mark.parametrize(

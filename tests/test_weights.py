@@ -1,0 +1,732 @@
+"""Public weights, in whatever file they come, have to give the logits that their own code gives.
+
+Most tests make a model of another code base with random weights, save it as that code does, load the file here and
+compare outputs on the same images. Where the code base can't be installed beside this one (Google's, HPM's), its
+file and its forward pass are written out below, in NumPy. Random weights do: a name or an axis mixed up shows at once.
+"""
+
+import argparse
+import hashlib
+import http.server
+import pickle
+import re
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+import hpm
+import vit
+import weights
+
+P, D, DEPTH, HEADS, CLASSES = 8, 48, 2, 4, 5
+SMALL = dict(img_size=32, num_classes=CLASSES, patch_size=P, dim=D, depth=DEPTH, num_heads=HEADS)  # 4x4 patches
+
+
+def small(**options):
+    return vit.create("vit_b16", **(SMALL | options)).eval()
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def filled(values):
+    """Random numbers in place of a state dict's, matrices scaled by their inputs so that depth does no harm."""
+    out = {}
+    for seed, (name, value) in enumerate(values.items()):
+        scale = 0.2 if value.ndim == 1 else 1 / value[0].numel() ** 0.5
+        out[name] = scale * random(*value.shape, seed=seed) + (value.ndim == 1 and name.endswith("weight"))
+    return out
+
+
+def load(model, path, **which):
+    """What `vit.load_weights` does; nothing may be left, adapted or unused."""
+    notes = vit.load_state(model, weights.read(path, **which), path)
+    assert notes == [], notes
+    return model.eval()
+
+
+def save(content, path):
+    torch.save(content, path)
+    return path
+
+
+@torch.no_grad()
+def equal(ours, theirs, what=""):
+    """The same outputs up to the rounding of float32, and outputs that are worth comparing."""
+    assert ours.shape == theirs.shape
+    assert theirs.std() > 0.1, "the outputs are all alike, so that they agree means nothing"
+    worst = (ours.double() - theirs.double()).abs().max().item()
+    assert worst <= 1e-4, f"outputs differ by {worst:.1e}. {what}"
+
+
+def same(ours, theirs):
+    """The same names and, bit for bit, the same tensors."""
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in theirs)
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["vit.pth", "vit.npz", "vit"])
+@pytest.mark.parametrize("kind", ["torch", "torch before 1.6", "safetensors"])
+def test_the_format_is_told_by_what_is_in_the_file_and_not_by_its_name(tmp_path, kind, name):
+    state = filled(small().state_dict())
+    if kind == "safetensors":
+        safetensors.torch.save_file(state, tmp_path / name)
+    else:
+        torch.save(state, tmp_path / name, _use_new_zipfile_serialization=kind == "torch")
+    same(weights.read(tmp_path / name), state)
+    same(weights.read(str(tmp_path / name)), state)
+
+
+def one_line(path, match):
+    """`read` refuses the file with one line that names it."""
+    with pytest.raises(ValueError, match=match) as refusal:
+        weights.read(path)
+    message = str(refusal.value)
+    assert str(path) in message, "which file?"
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"", "0 bytes"),
+        (b"<!DOCTYPE html><html><body>Please log in</body></html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a", "neither"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "neither"),
+        (b"PK\x03\x04", "damaged"),
+        (b"\x80\x02", "."),
+        (bytes(8) + b"{", "."),
+        (b"\xff" * 8 + b'{"a": 1}', "."),
+    ],
+    ids=["empty", "web page", "text", "picture", "zip", "pickle", "safetensors", "safetensors, absurd length"],
+)
+def test_what_holds_no_weights_is_refused_in_one_line(tmp_path, content, match):
+    """What a failed download leaves behind, and files with a right start and nothing after it."""
+    path = tmp_path / "vit.pth"
+    path.write_bytes(content)
+    one_line(path, match)
+
+
+def test_a_missing_file_a_folder_and_another_archive_are_refused(tmp_path):
+    one_line(tmp_path / "missing.pth", "no weights")
+    one_line(tmp_path, "folder")
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        archive.writestr("cat.jpg", b"cat")
+    one_line(tmp_path / "photos.zip", "cat.jpg")
+
+
+def files_of_all_kinds(folder):
+    """The same weights as safetensors, torch (both formats) and .npz."""
+    state = filled(small(depth=1).state_dict())
+    torch.save(state, folder / "zip.pth")
+    torch.save(state, folder / "old.pth", _use_new_zipfile_serialization=False)
+    np.savez(folder / "vit.npz", **google_file(small(depth=1)))
+    weights.write(folder / "vit.safetensors", state)
+    return ["zip.pth", "old.pth", "vit.npz", "vit.safetensors"]
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch's
+def test_a_file_cut_short_is_refused_wherever_it_was_cut(tmp_path):
+    for name in files_of_all_kinds(tmp_path):
+        weights.read(tmp_path / name)
+        whole = (tmp_path / name).read_bytes()
+        for length in [*range(0, 300, 7), *range(300, len(whole), len(whole) // 20), len(whole) - 1]:
+            (tmp_path / "cut").write_bytes(whole[:length])
+            one_line(tmp_path / "cut", ".")
+
+
+@pytest.mark.parametrize("name", ["zip.pth", "vit.npz"])
+def test_a_flipped_bit_in_a_zip_file_is_noticed(tmp_path, name):
+    """Zip files carry checksums. torch.load does not look at them: damaged weights would load without a word."""
+    files_of_all_kinds(tmp_path)
+    content = bytearray((tmp_path / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / name).write_bytes(content)
+    one_line(tmp_path / name, "damaged.*checksum")
+
+
+class Trap:
+    """Unpickled, it creates a file: a harmless stand-in for any program that a checkpoint may carry."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch's
+@pytest.mark.parametrize("kind", ["torch", "torch before 1.6", "pickle", "new pickle", "npz", "disguised npz"])
+def test_code_in_a_file_is_never_run(tmp_path, kind):
+    """A pickle is a program, and an array of objects holds a pickle."""
+    path, created = tmp_path / "vit.pth", tmp_path / "created"
+    content = {"args": Trap(created), "model": filled(small(depth=1).state_dict())}
+    if kind.startswith("torch"):
+        torch.save(content, path, _use_new_zipfile_serialization=kind == "torch")
+    elif "npz" in kind:
+        with path.open("wb") as file:
+            np.savez(file, cls=np.array([Trap(created)], dtype=object))
+        if kind == "disguised npz":  # the archive torch would write, with a bare pickle in it
+            with zipfile.ZipFile(path, "w") as archive:
+                archive.writestr("archive/data.pkl", pickle.dumps(content, protocol=2))
+                archive.writestr("archive/version", "3\n")
+    else:
+        path.write_bytes(pickle.dumps(content, protocol=2 if kind == "pickle" else 4))
+    one_line(path, ".")
+    assert not created.exists(), "the file's code was run"
+    pickle.loads(pickle.dumps(Trap(created)))
+    assert created.exists(), "the trap does not work, so this test proves nothing"
+
+
+# ---------------------------------------------------------------------------------------------
+# Download
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def site(monkeypatch, tmp_path):
+    """A web site on this machine: (its address, its pages by path, the paths that were asked for)."""
+    pages, asked = {}, []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            body, claimed = pages.get(self.path, (None, 0))
+            self.send_response(404 if body is None else 200)
+            self.send_header("Content-Length", str(claimed))
+            self.end_headers()
+            self.wfile.write(body or b"")
+
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.setenv("VIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", pages, asked
+    server.shutdown()
+    server.server_close()
+
+
+def page(state, folder):
+    content = weights.write(folder / "page", state) or (folder / "page").read_bytes()
+    return content, len(content)
+
+
+def kept(tmp_path):
+    return sorted(path.name for path in (tmp_path / "cache").glob("*"))
+
+
+def test_a_url_is_downloaded_once_and_used_again_without_the_network(site, tmp_path, capfd):
+    address, pages, asked = site
+    state = filled(small().state_dict())
+    pages["/a/vit.pth?download=true"] = page(state, tmp_path)
+    same(weights.read(f"{address}/a/vit.pth?download=true"), state)
+    assert "vit.pth" in capfd.readouterr().err, "no progress bar"
+    same(weights.read(f"{address}/a/vit.pth?download=true"), state)
+    assert asked == ["/a/vit.pth?download=true"], "not read from the cache"
+    assert len(kept(tmp_path)) == 1, "a temporary file was left"
+
+
+def test_files_with_the_same_name_at_two_addresses_are_two_files(site, tmp_path):
+    """Half of the public weights are called model.safetensors."""
+    address, pages, _ = site
+    small_state, large_state = (filled(small(depth=depth).state_dict()) for depth in (1, 2))
+    pages["/small/model.safetensors"] = page(small_state, tmp_path)
+    pages["/large/model.safetensors"] = page(large_state, tmp_path)
+    same(weights.read(f"{address}/small/model.safetensors"), small_state)
+    same(weights.read(f"{address}/large/model.safetensors"), large_state)
+
+
+def test_a_hash_in_the_name_is_checked(site, tmp_path):
+    """name-0123abcd.pth: at least the first 8 hexadecimal digits of the file's SHA-256, as torch.hub writes it."""
+    address, pages, _ = site
+    state = filled(small().state_dict())
+    content = page(state, tmp_path)
+    right = hashlib.sha256(content[0]).hexdigest()[:8]
+    wrong = right[:-1] + ("0" if right[-1] != "0" else "1")
+    pages[f"/vit-{right}.pth"] = pages[f"/vit-{wrong}.pth"] = content
+    one_line(f"{address}/vit-{wrong}.pth", f"SHA-256 starts with {right}")
+    assert kept(tmp_path) == []
+    same(weights.read(f"{address}/vit-{right}.pth"), state)
+
+
+@pytest.mark.parametrize("failure", ["404", "web page", "cut", "closed", "no such host"])
+def test_a_failed_download_is_one_line_and_nothing_is_kept(site, tmp_path, failure):
+    """Kept, a half file or a log-in page would be met again at every run."""
+    address, pages, _ = site
+    content, size = page(filled(small().state_dict()), tmp_path)
+    html = b"<html>Please log in</html>"
+    pages |= {"404": {}, "web page": {"/vit.pth": (html, len(html))}, "cut": {"/vit.pth": (content[:-9], size)}}.get(
+        failure, {}
+    )
+    if failure == "closed":
+        address = "http://127.0.0.1:9"  # the port `discard`: nobody listens
+    if failure == "no such host":
+        address = "http://host.invalid"  # a name that can't exist (RFC 2606)
+    one_line(f"{address}/vit.pth", {"404": "404", "web page": "web page", "cut": f"of {size} bytes"}.get(failure, "."))
+    assert kept(tmp_path) == []
+
+
+# ---------------------------------------------------------------------------------------------
+# Wrappers, and timm's names
+# ---------------------------------------------------------------------------------------------
+
+
+def prefixed(state, prefix):
+    return {prefix + name: value for name, value in state.items()}
+
+
+DINO_HEAD = {"module.head.mlp.0.weight": torch.zeros(4, D), "module.head.last_layer.weight_v": torch.zeros(9, 4)}
+WRAPS = {
+    "plain": lambda s: s,
+    "DeiT, MAE fine-tuned": lambda s: {"model": s, "epoch": 7, "args": argparse.Namespace(lr=1e-3, model="vit_base")},
+    "DataParallel": lambda s: prefixed(s, "module."),
+    "state_dict beside the model's name, as in HPM's scripts": lambda s: {
+        "model": "vit_base_patch16",
+        "state_dict": prefixed(s, "module."),
+        "optimizer": {"state": {0: {"step": 3}}},
+    },
+    "module, as DeepSpeed saves it": lambda s: {"module": s, "epoch": 3},
+    "two wrappers": lambda s: {"state_dict": {"model": s}},
+    "DINO's full checkpoint": lambda s: {
+        "student": prefixed(s, "module.backbone.") | DINO_HEAD,
+        "teacher": prefixed({n: 0 * v for n, v in s.items()}, "backbone."),
+        "epoch": 100,
+        "args": argparse.Namespace(arch="vit_small"),
+    },
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS.keys())
+def test_a_model_is_taken_out_of_what_training_scripts_save_around_it(tmp_path, wrap):
+    """The names are timm's, as in DeiT, DINO and fine-tuned MAE: nothing is left to do then."""
+    state = filled(small().state_dict())
+    path = save(wrap(state), tmp_path / "vit.pth")
+    same(weights.read(path), state)
+    load(small(), path)
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+@pytest.mark.parametrize("names", [("student", "teacher"), ("state_dict", "ema_state_dict")], ids=["DINO", "HPM"])
+def test_student_or_teacher_is_chosen_where_a_file_holds_both(tmp_path, names, which):
+    state = filled(small().state_dict())
+    both = {"student": {n: v + 1 for n, v in state.items()}, "teacher": {n: v + 2 for n, v in state.items()}}
+    path = save(dict(zip(names, both.values(), strict=True)) | {"model": "vit_base"}, tmp_path / "vit.pth")
+    same(weights.read(path, which=which), both[which])
+    same(weights.read(path), both["student"])
+
+
+def test_a_file_with_one_model_gives_it_whichever_is_asked_for(tmp_path):
+    state = filled(small().state_dict())
+    for name in ("model", "student", "teacher"):
+        path = save({name: state}, tmp_path / "vit.pth")
+        same(weights.read(path, which="student"), state)
+        same(weights.read(path, which="teacher"), state)
+    with pytest.raises(ValueError, match=r"'ema'.*student and teacher"):
+        weights.read(path, which="ema")
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ({"fc.weight": torch.zeros(2), "b": 1, "c": 2, "d": 3}, "keys are fc.weight, b, c, …"),
+        ({"conv1.weight": torch.zeros(2)}, "keys are conv1.weight$"),
+        ({}, "none"),
+        ([1, 2], "list"),
+        ({0: torch.zeros(2)}, "keys are 0"),
+        ({"model": [1]}, "keys are model"),
+        ({"patch_embed.proj.weight": 3}, "patch_embed.proj.weight is no tensor"),
+    ],
+    ids=["other net", "ResNet", "empty", "list", "numbers as names", "list as model", "a number as weight"],
+)
+def test_a_file_without_a_vit_is_refused_and_its_first_keys_shown(tmp_path, content, match):
+    one_line(save(content, tmp_path / "vit.pth"), match)
+
+
+def test_a_dict_that_holds_itself_does_not_hang(tmp_path):
+    loop = {}
+    loop["model"] = loop
+    one_line(save(loop, tmp_path / "vit.pth"), "model")
+
+
+@pytest.mark.parametrize("extra", ["blocks.0.ls1.gamma", "dist_token", "blocks.1.attn.relative_position_bias_table"])
+def test_a_transformer_of_another_kind_is_refused(tmp_path, extra):
+    """DeiT III's layer scale, distilled DeiT, BEiT: without that part the rest would be another function."""
+    state = filled(small().state_dict()) | {extra: torch.zeros(D)}
+    one_line(save(state, tmp_path / "vit.pth"), re.escape(extra))
+
+
+# ---------------------------------------------------------------------------------------------
+# MAE and HPM: their official names, and ours
+# ---------------------------------------------------------------------------------------------
+
+
+def official_file(depth=2, d=32, loss_predictor=True):
+    """MAE's pre-training state dict, and HPM's with a loss predictor: names and shapes as in their code."""
+    shapes = {"cls_token": (1, 1, D), "pos_embed": (1, 17, D), "mask_token": (1, 1, d), "decoder_pos_embed": (1, 17, d)}
+    shapes |= {"patch_embed.proj.weight": (D, 3, P, P), "patch_embed.proj.bias": (D,), "decoder_embed.bias": (d,)}
+    shapes["decoder_embed.weight"] = (d, D)
+    towers = [("blocks", "norm", None, D), ("decoder_blocks", "decoder_norm", "decoder_pred", d)]
+    if loss_predictor:
+        towers.append(("decoder_blocks_losspred", "decoder_norm_losspred", "decoder_pred_losspred", d))
+    for blocks, norm, pred, width in towers:
+        linears = {"attn.qkv": (3, 1), "attn.proj": (1, 1), "mlp.fc1": (4, 1), "mlp.fc2": (1, 4)}
+        for i in range(depth):
+            for name, (rows, columns) in linears.items():
+                shapes[f"{blocks}.{i}.{name}.weight"] = (rows * width, columns * width)
+                shapes[f"{blocks}.{i}.{name}.bias"] = (rows * width,)
+            for name in (f"{blocks}.{i}.norm1", f"{blocks}.{i}.norm2"):
+                shapes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+        shapes |= {f"{norm}.weight": (width,), f"{norm}.bias": (width,)}
+        if pred:
+            shapes |= {f"{pred}.weight": (P * P * 3, width), f"{pred}.bias": (P * P * 3,)}
+    state = filled({name: torch.zeros(shape) for name, shape in shapes.items()})
+    for name, width in (("pos_embed", D), ("decoder_pos_embed", d)):
+        state[name] = vit.sincos_pos_embed(width, (4, 4))
+    return state
+
+
+def autoencoder(state, loss_predictor=True, depth=2, heads=4, encoder_options=()):
+    """`hpm.Autoencoder` with every weight that was read: strict, so that no name may lack or be too many."""
+    encoder = small(num_classes=0, pos_embed="sincos", **dict(encoder_options))
+    model = hpm.Autoencoder(encoder, P * P * 3, 32, depth, heads, loss_predictor).eval()
+    ours = {name.removeprefix("encoder."): name for name in model.state_dict()}
+    model.load_state_dict({ours.get(name, name): value for name, value in state.items()})
+    return model
+
+
+def split(noise, visible):
+    return noise.argsort(dim=1).split([visible, noise.shape[1] - visible], dim=1)
+
+
+def test_the_official_hpm_predictor_becomes_the_mean_of_its_outputs(tmp_path):
+    """P*P*C outputs for each patch, of which it takes the mean: the mean of linear maps is one linear map.
+
+    Here the official predictor is run as it is, with all its outputs, on the tokens that ours starts from.
+    """
+    file = official_file()
+    content = {"state_dict": prefixed(file, "module."), "model": "mae_vit_base_patch16", "epoch": 200}
+    model = autoencoder(weights.read(save(content, tmp_path / "hpm.pth")))
+    theirs = hpm.Decoder(32, 2, 4, P * P * 3)
+    names = {"blocks": "decoder_blocks_losspred", "norm": "decoder_norm_losspred", "pred": "decoder_pred_losspred"}
+    part = {name: name.split(".")[0] for name in theirs.state_dict()}
+    theirs.load_state_dict({name: file[name.replace(top, names[top], 1)] for name, top in part.items()})
+    visible, hidden = split(random(3, 16), 4)
+    with torch.no_grad():
+        z = model.decoder_tokens(model.encoder.encode(random(3, 3, 32, 32), visible), visible, hidden)
+        outputs = theirs(z, 12)
+        assert model.loss_predictor.pred.weight.shape == (1, 32)
+        assert (outputs.mean(-1) - model.loss_predictor(z, 12)[..., 0]).abs().max() <= 1e-5
+        assert outputs.mean(-1).std() > 0.01
+
+
+def test_every_weight_of_an_official_masked_autoencoder_lands_where_it_belongs(tmp_path):
+    """Read off their forward pass and ours, part by part."""
+    file = official_file()
+    state = weights.read(save({"model": file}, tmp_path / "mae.pth"))
+    for theirs, ours in (
+        ("cls_token", "cls_token"),
+        ("blocks.1.mlp.fc2.weight", "blocks.1.mlp.fc2.weight"),
+        ("norm.bias", "norm.bias"),
+        ("decoder_embed.weight", "decoder_embed.weight"),
+        ("mask_token", "mask_token"),
+        ("decoder_pos_embed", "decoder_pos_embed"),
+        ("decoder_blocks.1.attn.qkv.weight", "decoder.blocks.1.attn.qkv.weight"),
+        ("decoder_norm.weight", "decoder.norm.weight"),
+        ("decoder_pred.bias", "decoder.pred.bias"),
+        ("decoder_blocks_losspred.0.norm2.weight", "loss_predictor.blocks.0.norm2.weight"),
+        ("decoder_norm_losspred.bias", "loss_predictor.norm.bias"),
+    ):
+        assert torch.equal(state[ours], file[theirs]), f"{theirs} is not {ours}"
+    assert len(state) == len(file)
+    torch.testing.assert_close(state["loss_predictor.pred.bias"], file["decoder_pred_losspred.bias"].mean()[None])
+    autoencoder(state)
+    mae = weights.read(save({"model": official_file(loss_predictor=False)}, tmp_path / "mae.pth"))
+    autoencoder(mae, loss_predictor=False)
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_our_own_checkpoint_of_hpm_gives_student_or_teacher(tmp_path, which):
+    """The names are those of the official files after reading: one way to load both."""
+    model = hpm.HPM(autoencoder(weights.read(save(official_file(), tmp_path / "hpm.pth"))))
+    model.load_state_dict(filled(model.state_dict()))
+    state = weights.read(save({"model": model.state_dict(), "step": 3}, tmp_path / "last.pt"), which=which)
+    part = getattr(model, which).state_dict()
+    same(state, {name.removeprefix("encoder."): value for name, value in part.items()})
+    weights.write(tmp_path / "mae.safetensors", state)
+    same(weights.read(tmp_path / "mae.safetensors"), state)
+
+
+# ---------------------------------------------------------------------------------------------
+# Hugging Face
+# ---------------------------------------------------------------------------------------------
+
+PEER = "the peer of this comparison is an optional package: pip install -r requirements-parity.txt"
+
+
+def hugging_face(model, path, names):
+    """Its weights as files hold them ("file": names since 2021), or under the names inside this version ("inside")."""
+    model.load_state_dict(filled(model.state_dict()))
+    model.eval().requires_grad_(False)
+    if names == "inside":
+        return save(model.state_dict(), path / "pytorch_model.bin")
+    model.save_pretrained(path)
+    assert any("attention.attention.query" in n for n in safetensors.torch.load_file(path / "model.safetensors")), (
+        "this version writes other names: the test of the old ones needs them written by hand"
+    )
+    return path / "model.safetensors"
+
+
+def vit_config(transformers, **options):
+    size = dict(hidden_size=D, num_hidden_layers=DEPTH, num_attention_heads=HEADS, intermediate_size=4 * D)
+    return transformers.ViTConfig(**(size | dict(image_size=32, patch_size=P, num_labels=CLASSES) | options))
+
+
+@pytest.mark.parametrize("names", ["file", "inside"])
+def test_hugging_face_classifier_gives_equal_logits(tmp_path, names):
+    """Its default eps is 1e-12, which no name in the file says."""
+    transformers = pytest.importorskip("transformers", reason=PEER)
+    peer = transformers.ViTForImageClassification(vit_config(transformers))
+    ours = load(small(eps=1e-12), hugging_face(peer, tmp_path, names))
+    images = random(3, 3, 32, 32)
+    equal(ours(images), peer(images).logits)
+
+
+@pytest.mark.parametrize("names", ["file", "inside"])
+def test_hugging_face_encoder_alone_gives_equal_tokens(tmp_path, names):
+    """ViTModel: no `vit.` before its names, and a pooler, which is left out."""
+    transformers = pytest.importorskip("transformers", reason=PEER)
+    peer = transformers.ViTModel(vit_config(transformers))
+    ours = load(small(eps=1e-12, num_classes=0), hugging_face(peer, tmp_path, names))
+    images = random(3, 3, 32, 32)
+    equal(ours.encode(images), peer(images).last_hidden_state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("img_size", [224, 384])
+def test_hugging_face_vit_b16_gives_equal_logits(tmp_path, img_size):
+    transformers = pytest.importorskip("transformers", reason=PEER)
+    size = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
+    config = vit_config(transformers, **size, image_size=img_size, patch_size=16, num_labels=1000)
+    peer = transformers.ViTForImageClassification(config)
+    ours = load(vit.create("vit_b16", img_size, eps=1e-12), hugging_face(peer, tmp_path, "file"))
+    images = random(2, 3, img_size, img_size)
+    equal(ours(images), peer(images).logits)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True], ids=["pixels", "normalised pixels"])
+@pytest.mark.parametrize("names", ["file", "file of this version", "inside"])
+def test_hugging_face_masked_autoencoder_gives_equal_reconstructions_and_loss(tmp_path, names, norm_pix_loss):
+    """The same noise sorts the same patches out. The public files say decoder_layers; version 5 writes another name."""
+    transformers = pytest.importorskip("transformers", reason=PEER)
+    config = transformers.ViTMAEConfig(
+        hidden_size=D, num_hidden_layers=DEPTH, num_attention_heads=HEADS, intermediate_size=4 * D,
+        decoder_hidden_size=32, decoder_num_hidden_layers=2, decoder_num_attention_heads=4,
+        decoder_intermediate_size=128, image_size=32, patch_size=P, norm_pix_loss=norm_pix_loss, layer_norm_eps=1e-6,
+    )  # fmt: skip
+    peer = transformers.ViTMAEForPreTraining(config)
+    values = filled(peer.state_dict())
+    values["vit.embeddings.position_embeddings"] = vit.sincos_pos_embed(D, (4, 4))  # some versions start at zeros
+    values["decoder.decoder_pos_embed"] = vit.sincos_pos_embed(32, (4, 4))
+    peer.load_state_dict(values)
+    peer.eval().requires_grad_(False)
+    path = tmp_path / "model.safetensors"
+    if names == "inside":
+        path = save(peer.state_dict(), tmp_path / "pytorch_model.bin")
+    else:
+        peer.save_pretrained(tmp_path)
+        if names == "file":
+            file = safetensors.torch.load_file(path)
+            file = {n.replace("decoder_encoder.layer.", "decoder_layers."): value for n, value in file.items()}
+            assert "decoder.decoder_layers.1.attention.attention.query.weight" in file
+            safetensors.torch.save_file(file, path)
+    ours = autoencoder(weights.read(path), loss_predictor=False)
+
+    images, noise = random(3, 3, 32, 32), torch.rand(3, 16, generator=torch.Generator().manual_seed(1))
+    out = peer(images, noise=noise)
+    visible, hidden = split(noise, 4)
+    with torch.no_grad():
+        prediction, _ = ours(images, visible, hidden)
+    equal(prediction, vit.gather(out.logits, hidden))
+    target = vit.patchify(images, P)
+    target = hpm.normalise_patches(target)[0] if norm_pix_loss else target
+    loss = hpm.reconstruction_loss(prediction, vit.gather(target, hidden)).mean()
+    assert loss.item() == pytest.approx(out.loss.item(), abs=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------
+# Google
+# ---------------------------------------------------------------------------------------------
+
+
+def google_file(model, prefix="", pre_logits=False):
+    """Random weights for Google's Flax model of the same size as one of ours, under its names and in its axes."""
+    dim, k, depth = model.pos_embed.shape[-1], model.blocks[0].attn.num_heads, len(model.blocks)
+    head_dim, hidden, size = dim // k, model.blocks[0].mlp.fc1.out_features, model.patch_size
+    shapes = {"cls": (1, 1, dim), "embedding/kernel": (size, size, 3, dim), "embedding/bias": (dim,)}
+    shapes["Transformer/posembed_input/pos_embedding"] = tuple(model.pos_embed.shape)
+    for i in range(depth):
+        block = f"Transformer/encoderblock_{i}/"
+        for norm in ("LayerNorm_0", "LayerNorm_2"):
+            shapes |= {f"{block}{norm}/scale": (dim,), f"{block}{norm}/bias": (dim,)}
+        attention = f"{block}MultiHeadDotProductAttention_1/"
+        for part in ("query", "key", "value"):
+            shapes |= {f"{attention}{part}/kernel": (dim, k, head_dim), f"{attention}{part}/bias": (k, head_dim)}
+        shapes |= {f"{attention}out/kernel": (k, head_dim, dim), f"{attention}out/bias": (dim,)}
+        shapes |= {f"{block}MlpBlock_3/Dense_0/kernel": (dim, hidden), f"{block}MlpBlock_3/Dense_0/bias": (hidden,)}
+        shapes |= {f"{block}MlpBlock_3/Dense_1/kernel": (hidden, dim), f"{block}MlpBlock_3/Dense_1/bias": (dim,)}
+    shapes |= {"Transformer/encoder_norm/scale": (dim,), "Transformer/encoder_norm/bias": (dim,)}
+    if pre_logits:
+        shapes |= {"pre_logits/kernel": (dim, dim), "pre_logits/bias": (dim,)}
+    shapes |= {"head/kernel": (dim, model.head.out_features), "head/bias": (model.head.out_features,)}
+    generator, out = np.random.default_rng(0), {}
+    for name, shape in shapes.items():
+        inputs = np.prod(shape[:-1]) if "out/" in name or "embedding/" in name else shape[0]
+        scale = inputs**-0.5 if name.endswith("kernel") else 0.3
+        values = scale * generator.standard_normal(shape) + name.endswith("scale")
+        out[prefix + name] = values.astype(np.float32)
+    return out
+
+
+def google_numpy(image, w):
+    """Google's forward pass, image (H, W, C) -> logits, with the arrays as its file has them. GELU by tanh."""
+
+    def layer_norm(x, name):
+        centred = x - x.mean(-1, keepdims=True)
+        normed = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+        return normed * w[f"{name}/scale"] + w[f"{name}/bias"]
+
+    kernel = w["embedding/kernel"]
+    size, dim = kernel.shape[0], kernel.shape[-1]
+    rows, columns = image.shape[0] // size, image.shape[1] // size
+    patches = image.reshape(rows, size, columns, size, 3)
+    x = np.einsum("rhcwi,hwid->rcd", patches, kernel, optimize=True).reshape(-1, dim) + w["embedding/bias"]
+    x = np.concatenate([w["cls"][0], x]) + w["Transformer/posembed_input/pos_embedding"][0]
+    for i in range(sum(name.endswith("LayerNorm_0/scale") for name in w)):
+        block = f"Transformer/encoderblock_{i}/"
+        a, y = f"{block}MultiHeadDotProductAttention_1/", layer_norm(x, f"{block}LayerNorm_0")
+        q, k, v = (
+            np.einsum("td,dhe->hte", y, w[f"{a}{part}/kernel"], optimize=True) + w[f"{a}{part}/bias"][:, None]
+            for part in ("query", "key", "value")
+        )
+        score = q @ k.transpose(0, 2, 1) / np.sqrt(q.shape[-1])
+        A = np.exp(score - score.max(-1, keepdims=True))
+        A /= A.sum(-1, keepdims=True)
+        x = x + np.einsum("hte,hed->td", A @ v, w[f"{a}out/kernel"], optimize=True) + w[f"{a}out/bias"]
+        m, y = f"{block}MlpBlock_3/", layer_norm(x, f"{block}LayerNorm_2")
+        h = y @ w[f"{m}Dense_0/kernel"] + w[f"{m}Dense_0/bias"]
+        h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
+        x = x + h @ w[f"{m}Dense_1/kernel"] + w[f"{m}Dense_1/bias"]
+    y = layer_norm(x, "Transformer/encoder_norm")[0]
+    if "pre_logits/kernel" in w:
+        y = np.tanh(y @ w["pre_logits/kernel"] + w["pre_logits/bias"])
+    return y @ w["head/kernel"] + w["head/bias"]
+
+
+def google_logits(images, arrays):
+    arrays = {name.removeprefix("opt/target/"): value.astype(np.float64) for name, value in arrays.items()}
+    return torch.tensor(np.stack([google_numpy(i, arrays) for i in images.double().permute(0, 2, 3, 1).numpy()]))
+
+
+@pytest.mark.parametrize(
+    ("head", "prefix"),
+    [("linear", ""), ("mlp", ""), ("mlp", "opt/target/")],
+    ids=["AugReg, or fine-tuned", "pre-trained on ImageNet-21k", "beside the optimizer"],
+)
+def test_google_npz_gives_equal_logits(tmp_path, head, prefix):
+    """Kernels have inputs first and heads apart. With the exact GELU in place of tanh the logits differ more."""
+    model = small(head=head, gelu="tanh")
+    arrays = google_file(model, prefix, pre_logits=head == "mlp")
+    np.savez(tmp_path / "vit.npz", **arrays)
+    images = random(2, 3, 32, 32)
+    with torch.no_grad():
+        equal(load(model, tmp_path / "vit.npz")(images), google_logits(images, arrays))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("img_size", [224, 384])
+def test_google_npz_of_vit_b16_gives_equal_logits(tmp_path, img_size):
+    model = vit.create("vit_b16", img_size, gelu="tanh")
+    arrays = google_file(model)
+    np.savez(tmp_path / "vit.npz", **arrays)
+    images = random(1, 3, img_size, img_size)
+    with torch.no_grad():
+        equal(load(model, tmp_path / "vit.npz")(images), google_logits(images, arrays))
+
+
+@pytest.mark.parametrize(
+    ("extra", "match"),
+    [
+        ({"conv_root/kernel": np.zeros((7, 7, 3, 8))}, "conv_root/kernel"),
+        ({"Transformer/encoderblock_0/MultiHeadDotProductAttention_1/key/bias": None}, "q, k and v"),
+        ({"embedding/kernel": np.zeros((3, 3))}, "embedding/kernel"),
+        ({"cls": np.array(["a"])}, "."),
+    ],
+    ids=["hybrid", "no key bias", "an axis less", "text"],
+)
+def test_a_google_file_that_does_not_fit_is_refused(tmp_path, extra, match):
+    arrays = google_file(small()) | extra
+    np.savez(tmp_path / "vit.npz", **{name: value for name, value in arrays.items() if value is not None})
+    one_line(tmp_path / "vit.npz", match)
+
+
+# ---------------------------------------------------------------------------------------------
+# Write
+# ---------------------------------------------------------------------------------------------
+
+
+def test_what_is_written_is_read_bit_for_bit(tmp_path):
+    """Whatever the layout in memory: parameters that learn, views, half precision, one tensor under two names."""
+    state = filled(small().state_dict())
+    state["cls_token"] = nn.Parameter(state["cls_token"])
+    state["blocks.0.attn.proj.weight"] = state["blocks.0.attn.proj.weight"].T
+    state["blocks.1.attn.qkv.bias"] = state["blocks.1.attn.qkv.bias"].half()
+    state["blocks.1.norm1.bias"] = state["blocks.0.norm1.bias"]
+    weights.write(tmp_path / "new" / "vit.safetensors", state)
+    same(weights.read(tmp_path / "new" / "vit.safetensors"), {name: value.detach() for name, value in state.items()})
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["vit.safetensors"], "a temporary file was left"
+
+
+def test_a_write_that_fails_leaves_the_file_before_it_whole(tmp_path, monkeypatch):
+    state, path = filled(small().state_dict()), tmp_path / "vit.safetensors"
+    weights.write(path, state)
+
+    def full_disk(tensors, name, metadata):
+        Path(name).write_bytes(b"half of it")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        weights.write(path, {name: value + 1 for name, value in state.items()})
+    same(weights.read(path), state)
+    assert [file.name for file in tmp_path.iterdir()] == ["vit.safetensors"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize(("arch", "name"), [("vit_ti16", "vit_tiny_patch16_224"), ("vit_b16", "vit_base_patch16_224")])
+def test_timm_loads_what_we_write_with_equal_logits(tmp_path, arch, name, pool):
+    timm = pytest.importorskip("timm", reason="timm needs torchvision, so it is no part of the test environment")
+    ours = vit.create(arch, pool=pool).eval()
+    ours.load_state_dict(filled(ours.state_dict()))
+    weights.write(tmp_path / "vit.safetensors", ours.state_dict())
+    peer = timm.create_model(name, global_pool={"cls": "token", "mean": "avg"}[pool]).eval()
+    timm.models.load_checkpoint(peer, str(tmp_path / "vit.safetensors"), strict=True)
+    images = random(2, 3, 224, 224)
+    with torch.no_grad():
+        equal(ours(images), peer(images))

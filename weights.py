@@ -1,0 +1,335 @@
+"""Weights from the checkpoint files that people publish, all under one set of names.
+
+A ViT is the same function in every code base; only the files differ. This module reads them and says what
+they hold in the names of this project: timm's for the encoder, those of `hpm.Autoencoder` for the rest.
+
+    files       torch, safetensors and NumPy files, told apart by their first bytes; nothing in them is run
+    download    a file by its URL, into a cache
+    unwrap      the model out of what a training script saved around it
+    layouts     whose names are they? timm, DeiT, DINO, MAE, HPM, Hugging Face, Google: tables of pairs
+    read        all of it;  write  our weights as a file that timm loads, too
+
+What no file says: Google's models use the tanh GELU (`gelu="tanh"`), and Hugging Face's converted ones the
+LayerNorm eps in their config.json, often 1e-12. Create the model with that for equal logits.
+"""
+
+import argparse
+import hashlib
+import http.client
+import os
+import re
+import tempfile
+import urllib.parse
+import urllib.request
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------
+
+
+def file_format(path):
+    """ "torch", "numpy" or "safetensors", by what the file holds; its name says nothing.
+
+    torch and NumPy both write zip files: the first holds a data.pkl, the second only arrays. Their checksums are
+    looked at here, for torch.load does not (0.1 s for ViT-B): damaged weights load as other numbers without a word.
+    Raises ValueError for anything else, a damaged zip file included.
+    """
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if start.startswith(b"PK"):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names, damaged = archive.namelist(), archive.testzip()
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError):
+            raise ValueError("a zip file that is cut short or damaged") from None
+        if damaged:
+            raise ValueError(f"a damaged zip file: the checksum of {damaged} in it is wrong")
+        if any(name.endswith("/data.pkl") for name in names):
+            return "torch"
+        if names and all(name.endswith(".npy") for name in names):
+            return "numpy"
+        raise ValueError(f"a zip file without weights, with {', '.join(names[:3]) or 'nothing'} in it")
+    if start[8:] == b"{":  # after 8 bytes with the header's length, the header, in JSON
+        return "safetensors"
+    if start.startswith(b"\x80"):  # a pickle: torch's format before 1.6
+        return "torch"
+    what = "a web page or XML" if start.lstrip().startswith(b"<") else "neither a torch, a safetensors nor an .npz file"
+    raise ValueError(f"{what}, of {os.path.getsize(path)} bytes")
+
+
+def read_file(path):
+    """What a file holds, most often a dict of tensors. Raises whatever its damage leads to."""
+    kind = file_format(path)
+    if kind == "safetensors":
+        return safetensors.torch.load_file(path)
+    if kind == "numpy":
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    # Training scripts save their options beside the weights: a Namespace, which only holds values.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def explain(error):
+    """One line out of an exception."""
+    text = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2] or type(error).__name__
+    if found := re.match(r"Unsupported (?:global: GLOBAL|class) (\S+)", text):
+        return f"it holds more than tensors, {found[1]}, and no code from a file is ever run"
+    return text.split(". ")[0]
+
+
+# ---------------------------------------------------------------------------------------------
+# Download
+# ---------------------------------------------------------------------------------------------
+
+
+def download(url):
+    """The path of a copy of the file at a URL, in $VIT_CACHE, by default ~/.cache/vit-hpm; made once, used again.
+
+    A name as vit-0123abcd.pth carries the start of the file's SHA-256 (torch.hub's convention): it is checked.
+    A file comes to its final name only when it is whole and holds weights. Raises ValueError if any of this fails.
+    """
+    name = urllib.parse.urlsplit(url).path.rpartition("/")[2][-100:]
+    folder = Path(os.environ.get("VIT_CACHE") or "~/.cache/vit-hpm").expanduser()
+    path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"  # many are called model.safetensors
+    if path.exists():
+        return path
+    digest, done, part = hashlib.sha256(), 0, None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False)
+        part = Path(file.name)
+        with file, urllib.request.urlopen(url, timeout=30) as response:
+            size = int(response.headers.get("Content-Length", 0))
+            with tqdm(total=size or None, unit="B", unit_scale=True, desc=name) as bar:
+                while block := response.read(1 << 20):
+                    file.write(block)
+                    digest.update(block)
+                    done += len(block)
+                    bar.update(len(block))
+        if size and done != size:
+            raise ValueError(f"only {done} of {size} bytes came; try again")
+        wanted = re.search(r"-([0-9a-f]{8,64})\.\w+$", name)
+        if wanted and not digest.hexdigest().startswith(wanted[1]):
+            raise ValueError(f"its SHA-256 starts with {digest.hexdigest()[: len(wanted[1])]}, not as its name says")
+        file_format(part)  # a page that says "please log in" must not stay in the cache
+        part.replace(path)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise ValueError(f"can't download {url}: {explain(error)}; nothing was kept") from None
+    finally:
+        if part:
+            part.unlink(missing_ok=True)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------
+# Unwrap
+# ---------------------------------------------------------------------------------------------
+
+# What training scripts save a model under, the one to look for first standing first.
+WRAPPERS = {
+    "student": ("student", "model", "state_dict", "module", "teacher", "ema_state_dict"),
+    "teacher": ("teacher", "ema_state_dict", "model", "state_dict", "module", "student"),
+}
+
+
+def tensors(source, which="student"):
+    """What a file holds by name, out of its wrappers but under its own names: see `read`."""
+    if which not in WRAPPERS:
+        raise ValueError(f"unknown model {which!r}; there are student and teacher")
+    url = str(source).startswith(("http://", "https://"))
+    path = download(str(source)) if url else Path(source)
+    if not path.is_file():
+        raise ValueError(f"no weights at {source}; check the path" + ", it is that of a folder" * path.is_dir())
+    try:
+        content = read_file(path)
+    except Exception as error:  # whatever the libraries meet in a file that is no checkpoint, or half of one
+        where = f" (kept in {path}: delete it to download it again)" * url
+        raise ValueError(f"{source} can't be read as weights{where}: {explain(error)}") from None
+    for _ in range(4):  # deep enough, and a dict may hold itself
+        inner = [content[w] for w in WRAPPERS[which] if isinstance(content, dict) and isinstance(content.get(w), dict)]
+        content = inner[0] if inner else content
+    if not isinstance(content, dict):
+        raise ValueError(f"{source} holds no weights but a {type(content).__name__}; it has to be tensors by name")
+    return {str(name): value for name, value in content.items()}
+
+
+# ---------------------------------------------------------------------------------------------
+# Layouts
+# ---------------------------------------------------------------------------------------------
+
+# Every table is read from top to bottom: (pattern in their name, what to put there). A name that becomes empty is
+# left out. q, k and v apart are joined afterwards.
+
+OURS = ((r"^encoder\.", ""),)  # hpm.Autoencoder
+
+TIMM = (  # and MAE's and HPM's official code: timm's names for the encoder, these for the decoders
+    (r"^decoder_(blocks|norm|pred)_losspred\.", r"loss_predictor.\1."),
+    (r"^decoder_(blocks|norm|pred)\.", r"decoder.\1."),
+)
+
+HUGGING_FACE = (  # transformers' names in files, and inside version 5: layers.0.attention.q_proj
+    (r"^vit\.", ""),
+    (r"^pooler\..*", ""),
+    (r"^embeddings\.cls_token", "cls_token"),
+    (r"^embeddings\.position_embeddings", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
+    (r"^decoder\.(decoder_embed|decoder_pos_embed|mask_token)", r"\1"),
+    (r"^decoder\.decoder_(norm|pred)", r"decoder.\1"),
+    (r"^decoder\.decoder_(layers|encoder\.layer)\.", "decoder.blocks."),  # the second is what version 5 writes
+    (r"^(encoder\.layer|layers)\.", "blocks."),
+    (r"\.attention\.(attention\.)?([qkv])(uery|ey|alue|_proj)\.", r".attn.\2."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"^layernorm\.", "norm."),
+    (r"^classifier\.", "head."),
+)
+
+GOOGLE = (  # Flax: the numbers count a block's parts, whose dropout and residual have no weights
+    (r"^Transformer/encoderblock_(\d+)/", r"blocks.\1."),
+    (r"\.LayerNorm_0/", ".norm1."),
+    (r"\.MultiHeadDotProductAttention_1/([qkv])(uery|ey|alue)/", r".attn.\1."),
+    (r"\.MultiHeadDotProductAttention_1/out/", ".attn.proj."),
+    (r"\.LayerNorm_2/", ".norm2."),
+    (r"\.MlpBlock_3/Dense_0/", ".mlp.fc1."),
+    (r"\.MlpBlock_3/Dense_1/", ".mlp.fc2."),
+    (r"^Transformer/posembed_input/pos_embedding$", "pos_embed"),
+    (r"^Transformer/encoder_norm/", "norm."),
+    (r"^cls$", "cls_token"),
+    (r"^embedding/", "patch_embed.proj."),
+    (r"^pre_logits/", "pre_logits.fc."),
+    (r"^head/", "head."),
+    (r"\.(kernel|scale)$", ".weight"),
+)
+
+# Values in another arrangement: (pattern in their name, what to do); the first that is found counts.
+# The official HPM averages P*P*C outputs to one predicted loss. The mean of linear maps is the linear map of the means.
+AVERAGED = ((r"^decoder_pred_losspred\.", lambda w: w.double().mean(0, keepdim=True).to(w.dtype)),)
+FLAX = (  # a kernel's inputs come first, and heads have an axis of their own: (D, k, D_h), at the end (k, D_h, D)
+    (r"^embedding/kernel$", lambda w: w.permute(3, 2, 0, 1)),  # (P, P, C, D) -> (D, C, P, P)
+    (r"/out/kernel$", lambda w: w.flatten(0, 1).T),
+    (r"/kernel$", lambda w: w.flatten(1).T),
+    (r"/(query|key|value)/bias$", lambda w: w.flatten()),
+)
+
+LAYOUTS = (  # names that tell a layout, after any prefix; its names; its values. The first that is found counts.
+    (("encoder.patch_embed.proj.weight", "decoder_embed.weight"), OURS, ()),
+    (("patch_embed.proj.weight",), TIMM, AVERAGED),
+    (("vit.embeddings.patch_embeddings.projection.weight",), HUGGING_FACE, ()),
+    (("embeddings.patch_embeddings.projection.weight",), HUGGING_FACE, ()),
+    (("embedding/kernel", "Transformer/encoder_norm/scale"), GOOGLE, FLAX),
+)
+
+# Every name that is handed out, and q, k and v before they are joined.
+BLOCK = r"blocks\.\d+\.(norm[12]|attn\.(q|k|v|qkv|proj)|mlp\.fc[12])\.(weight|bias)"
+KNOWN = re.compile(
+    rf"cls_token|pos_embed|{BLOCK}|(patch_embed\.proj|norm_pre|norm|fc_norm|pre_logits\.fc|head)\.(weight|bias)|"
+    rf"mask_token|decoder_pos_embed|decoder_embed\.(weight|bias)|"
+    rf"(decoder|loss_predictor)\.({BLOCK}|(norm|pred)\.(weight|bias))"
+)
+
+
+def find_layout(state, which):
+    """The first layout whose names are all there behind some prefix: (prefix, names, values), prefix None for none.
+
+    With several prefixes, as `student.` and `teacher.`, the one that `which` names; else the first.
+    """
+    for (anchor, *others), names, values in LAYOUTS:
+        prefixes = [name.removesuffix(anchor) for name in state if name.endswith(anchor)]
+        prefixes = [p for p in prefixes if p[-1:] in ("", ".", "/") and all(p + other in state for other in others)]
+        if prefixes:
+            return max(prefixes, key=lambda prefix: which in prefix.split(".")), names, values
+    return None, (), ()
+
+
+def read(source, which="student"):
+    """The weights of a ViT or a masked autoencoder: name -> tensor, under this project's names.
+
+    source  a path or an http(s) URL (see `download`): a torch, safetensors or NumPy file by timm, DeiT, DINO, MAE,
+            HPM, Hugging Face (ViTModel, ViTForImageClassification, ViTMAEForPreTraining), Google, or ours
+    which   "student" or "teacher", where a file holds both; else the one that it holds
+
+    Encoder: patch_embed.proj, cls_token, pos_embed, blocks.N.…, norm, fc_norm, pre_logits.fc, head. Of an autoencoder
+    also decoder_embed, mask_token, decoder_pos_embed, decoder.…, loss_predictor.… as in `hpm.Autoencoder`.
+    Raises ValueError, in one line with the source, for a file that can't be read, is no ViT, or holds parts that
+    a ViT does not have: without them it would be another function. No code that a file may carry is ever run.
+    """
+    state = tensors(source, which)
+    prefix, names, values = find_layout(state, which)
+    if prefix is None:
+        raise ValueError(f"{source} holds no ViT that is known here; its keys are {show(state)}")
+    out, unknown = {}, []
+    for key, value in state.items():
+        if not key.startswith(prefix):
+            continue  # a teacher beside its student, DINO's projection head beside its backbone
+        name = theirs = key.removeprefix(prefix)
+        for pattern, replacement in names:
+            name = re.sub(pattern, replacement, name)
+        if name and not KNOWN.fullmatch(name):
+            unknown.append(key)
+        elif name:
+            if not isinstance(value, torch.Tensor):
+                raise ValueError(f"{source} does not fit: its {key} is no tensor but a {type(value).__name__}")
+            try:
+                out[name] = next((change(value) for pattern, change in values if re.search(pattern, theirs)), value)
+            except (RuntimeError, IndexError):
+                raise ValueError(f"{source} does not fit: its {key} has the shape {tuple(value.shape)}") from None
+    if unknown:
+        raise ValueError(f"{source} is a model of another kind: no ViT here has its {show(unknown)}")
+    return join_qkv(out, source)
+
+
+def join_qkv(state, source):
+    """U_q, U_k and U_v, three matrices in some files, as the one matrix U_qkv of ViT eq. 5, in their place."""
+    out = {}
+    for name, value in state.items():
+        apart = re.fullmatch(r"(.*\.attn\.)[qkv](\.\w+)", name)
+        joined = f"{apart[1]}qkv{apart[2]}" if apart else name
+        if not apart:
+            out[name] = value
+        elif joined not in out:
+            parts = [state.get(f"{apart[1]}{letter}{apart[2]}") for letter in "qkv"]
+            if any(part is None or part.ndim == 0 or part.shape != value.shape for part in parts):
+                raise ValueError(f"{source} does not fit: q, k and v of {apart[1]}* are not three of one shape")
+            out[joined] = torch.cat(parts)
+    return out
+
+
+def show(names):
+    """The first few of many names."""
+    names = list(names)
+    return ", ".join(names[:3]) + ", …" * (len(names) > 3) or "(none)"
+
+
+# ---------------------------------------------------------------------------------------------
+# Write
+# ---------------------------------------------------------------------------------------------
+
+
+def write(path, state):
+    """Write name -> tensor as a .safetensors file; of a `vit.ViT.state_dict()` timm loads it as it is.
+
+    To a temporary name first, then renamed: whatever happens, the file at `path` is whole.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    copies = {n: v.detach().cpu().clone(memory_format=torch.contiguous_format) for n, v in state.items()}
+    try:
+        safetensors.torch.save_file(copies, part, metadata={"format": "pt"})
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
