@@ -450,6 +450,16 @@ def create(arch, img_size=224, in_chans=3, target="pixels", predictor="relative"
     return HPM(student, target=target, predictor=predictor, **options)
 
 
+def load_weights(student, source, which="student"):
+    """Load a checkpoint, a file or a URL, into an `Autoencoder`: the encoder, and the decoders where the file has any.
+
+    Any layout that weights.py knows; with decoders: MAE's, HPM's own and ours, Hugging Face's ViTMAE. which: "student"
+    or "teacher", where the file holds both. Returns sentences that say what was adapted, left or not used, as
+    `vit.load_weights` does; raises ValueError, and changes nothing, for another width or depth of any part.
+    """
+    return vit.load_state(student, weights.read(source, which), source)
+
+
 # CLIP's visual tower in timm's names: its name, ours.
 CLIP_NAMES = (
     ("visual.", ""),

@@ -126,7 +126,7 @@ def parse(argv):
     add("--data", metavar="D", help=f"{' | '.join(data.NAMES)}; default photos")
     add("--data-dir", metavar="DIR", help="where data files are and go; default $VIT_DATA, else data/")
     add("--labels", metavar="N", type=int, help="use N training images alone, the same number of each class")
-    add("--init", metavar="PATH", help="weights to start from")
+    add("--init", metavar="PATH|URL", help="weights to start from: ours, timm, MAE, HPM, Hugging Face, Google")
     add("--out", metavar="DIR", help="run folder; default runs/TASK-ARCH-DATA")
     add("--overwrite", action="store_true", help="replace the run that is in --out")
     add("--resume", action="store_true", help="go on with the run that is in --out")
@@ -159,7 +159,7 @@ def parse(argv):
     add("--alpha", metavar="A0,AT", type=pair, help="share of hard patches at start and end; default 0,0.5")
     add("--predictor-loss", metavar="L", help="relative | absolute | none; default relative for hpm, none for mae")
     add("--target", metavar="T", help=f"{' | '.join(hpm.TARGETS)}; default pixels")
-    add("--target-weights", metavar="PATH", help="of the frozen ViT for the targets dino and clip")
+    add("--target-weights", metavar="PATH|URL", help="of the frozen ViT for the targets dino and clip")
     add("--seed", type=int, help="default 0")
     add("--device", metavar="D", help="cuda | cpu; default cuda where there is one")
     add("--dtype", metavar="T", help="float32 | bfloat16; default bfloat16 on cuda")
@@ -291,15 +291,16 @@ def build(config, dataset):
                 config.target, config.arch, config.img_size, config.target_weights, channels
             )
         model = hpm.create(config.arch, config.img_size, channels, config.target, config.predictor_loss, **options)
-        encoder = model.student.encoder
+        start = model.student
     else:
         classes = classes if config.task in ("supervised", "finetune") else 0
-        model = encoder = vit.create(
+        model = start = vit.create(
             config.arch, config.img_size, classes, channels,
             pool=config.pool, dropout=config.dropout, drop_path=config.drop_path,
         )  # fmt: skip
     if config.init:
-        for note in vit.load_weights(encoder, config.init):
+        load_weights = hpm.load_weights if config.task in PRETRAINING else vit.load_weights
+        for note in load_weights(start, config.init):
             print(f"{config.init}: {note}")
     if config.task in PRETRAINING and model.teacher is not None:
         hpm.ema_update(model.teacher, model.student, 0.0)  # the teacher starts as the student

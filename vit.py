@@ -23,6 +23,7 @@ Parameters carry timm's names, so that most public checkpoints load as they are.
 
 import difflib
 import math
+import re
 
 import torch
 from torch import nn
@@ -478,68 +479,106 @@ def pos_embed_similarity(pos_embed, grid, prefix=1):
 # ---------------------------------------------------------------------------------------------
 
 
-def load_weights(model, source):
+def load_weights(model, source, which="student"):
     """Load a checkpoint, a file or a URL, into a ViT: any layout that weights.py knows.
 
-    Another image size is no obstacle: learned positions are interpolated, sine-cosine ones computed for the
-    model's own grid. A head for other classes is left at its initial value.
-    Returns sentences that say what was adapted, left or not used. Raises ValueError, and changes nothing, if
-    the file can't be read or does not fit. No code that a file may carry is ever run.
+    which: "student" or "teacher", where the file holds both. Another image size is no obstacle: learned positions are
+    interpolated, sine-cosine ones computed for the model's own grid. A head for other classes is left at its
+    initial value. Returns sentences that say what was adapted, left or not used. Raises ValueError, and changes
+    nothing, if the file can't be read or does not fit. No code that a file may carry is ever run.
     """
-    return load_state(model, weights.read(source), source)
+    return load_state(model, weights.read(source, which), source)
+
+
+def save_weights(model, path, layout="timm"):
+    """Write a ViT's weights as a .safetensors file.
+
+    layout  "timm"          our own names too: timm.models.load_checkpoint takes it, with global_pool="token" for
+                            pool="cls" and "avg" for pool="mean"; its models have no "mlp" head any more
+            "hugging-face"  for transformers' ViTForImageClassification with layer_norm_eps=1e-6 (see `eps`) and
+                            hidden_act="gelu", or "gelu_pytorch_tanh" for gelu="tanh"
+    Raises ValueError for a part that Hugging Face's model does not have, as the norm of pool="mean".
+    """
+    weights.write(path, model.state_dict(), layout)
 
 
 def load_state(model, state, source):
-    """`load_weights` from tensors by name; `source` is what messages call them."""
-    own, notes = model.state_dict(), []
-    for name, value in own.items():
-        if name in state and getattr(state[name], "ndim", None) != value.ndim:
-            raise ValueError(f"{source} does not fit: its {name} is not a tensor with {value.ndim} dimensions")
-    if "pos_embed" in state:
-        state["pos_embed"], notes = fit_positions(model, state["pos_embed"], int("cls_token" in state), source)
-    here, there = (s["head.weight"].shape[0] if "head.weight" in s else None for s in (own, state))
-    if here and there and here != there:
-        notes.append(f"head left at its initial value: {here} classes here, {there} in the file")
-        state = {name: value for name, value in state.items() if not name.startswith("head.")}
+    """`load_weights` from tensors by name, as `weights.read` gives them; `source` is what messages call them.
 
-    depths = [len({name.split(".")[1] for name in s if name.startswith("blocks.")}) for s in (own, state)]
-    if depths[0] != depths[1]:
-        raise ValueError(f"{source} does not fit: its depth is {depths[1]} blocks, this model's {depths[0]}")
-    for name in own:
-        if name in state and state[name].shape != own[name].shape:
-            given, wanted = tuple(state[name].shape), tuple(own[name].shape)
+    The model is a ViT, or has one as its `encoder` and decoders beside it (`hpm.Autoencoder`).
+    """
+    encoder = getattr(model, "encoder", model)
+    own = {name.removeprefix("encoder."): value for name, value in model.state_dict(keep_vars=True).items()}
+    notes = []
+    for name in own.keys() & state.keys():
+        if getattr(state[name], "ndim", None) != own[name].ndim:
+            raise ValueError(f"{source} does not fit: its {name} is not a tensor with {own[name].ndim} dimensions")
+    for stack in ("blocks.", "decoder.blocks.", "loss_predictor.blocks."):
+        here, there = (len({n[len(stack) :].split(".")[0] for n in s if n.startswith(stack)}) for s in (own, state))
+        if here and here != there and (there or stack == "blocks."):  # a file may lack decoders, not the encoder
+            part = stack.removesuffix("blocks.").replace(".", " ")
+            raise ValueError(f"{source} does not fit: its {part}depth is {there} blocks, this model's {here}")
+
+    fitted, told = dict(state), set()
+    for name in ("pos_embed", "decoder_pos_embed"):
+        if name in own and name in state:
+            fitted[name], note = fit_positions(own[name], encoder.grid, state[name], int("cls_token" in state), source)
+            notes += [note] if note and note not in notes else []
+    for layer, what in (("head", "classes"), ("decoder.pred", "values a patch")):
+        sizes = [len(s[f"{layer}.weight"]) for s in (own, state) if f"{layer}.weight" in s]
+        if len(set(sizes)) == 2:
+            notes.append(f"{layer} left at its initial value: {sizes[0]} {what} here, {sizes[1]} in the file")
+            told |= {f"{layer}.weight", f"{layer}.bias"}
+    fitted = {name: value for name, value in fitted.items() if name in own and name not in told}
+    for name, value in fitted.items():
+        if value.shape != own[name].shape:
+            given, wanted = tuple(value.shape), tuple(own[name].shape)
             raise ValueError(f"{source} does not fit: its {name} has the shape {given}, this model's {wanted}")
-    told = {"head"} if here and there and here != there else set()
-    for what, names in (("left at the initial value", own.keys() - state), ("not used", state.keys() - own)):
-        parts = sorted({name.split(".")[0] for name in names} - told)
+    loaded = {name.split(".")[0] for name in fitted}
+    left = own.keys() - state.keys() - {"decoder_pos_embed"}  # without a file they are those of the formula
+    for what, names in (("left at the initial value", left), ("not used", state.keys() - own.keys())):
+        # A part by its name if nothing of it was loaded, else what is meant in it, for all blocks at once.
+        parts = {re.sub(r"\.\d+\.", ".*.", n) if n.split(".")[0] in loaded else n.split(".")[0] for n in names - told}
         if parts:
-            notes.append(f"{what}: {', '.join(parts)}")
-    model.load_state_dict(own | {name: value for name, value in state.items() if name in own})
+            notes.append(f"{what}: {', '.join(sorted(parts))}")
+    model.load_state_dict({n: fitted.get(n.removeprefix("encoder."), v) for n, v in model.state_dict().items()})
     return notes
 
 
-def fit_positions(model, positions, prefix, source):
-    """A checkpoint's positions for the grid and the prefix of a model; and a sentence on what was done, or none.
+def fit_positions(own, grid, positions, prefix, source):
+    """A checkpoint's positions for the grid and the prefix of a model; and a sentence on what was done, or None.
 
-    positions (1, prefix + N, D). Those that equal the sine-cosine formula are computed anew, others interpolated.
+    own (1, prefix here + N here, D), the model's, of grid = (rows, columns); positions (1, prefix + N, D), the file's.
+    Those that follow the sine-cosine formula are computed anew, others interpolated.
     """
-    N, D, (rows, columns) = positions.shape[1] - prefix, positions.shape[2], model.grid
-    side = math.isqrt(N)
-    if D % 4 == 0:
-        formula = sincos_pos_embed(D, (side, side), prefix)
-        if not model.pos_embed.requires_grad or (
-            side**2 == N and torch.allclose(positions.float(), formula, atol=1e-5)
-        ):
-            computed = sincos_pos_embed(D, model.grid, model.prefix)
-            same = positions.shape == computed.shape and torch.allclose(positions.float(), computed, atol=1e-5)
-            return computed, [] if same else [f"sine-cosine positions computed for the {rows}x{columns} grid"]
-    notes = []
+    N, D, (rows, columns) = positions.shape[1] - prefix, positions.shape[2], grid
+    mine, side = own.shape[1] - rows * columns, math.isqrt(N)
+    if follow_formula(positions, [(n, N // n) for n in range(1, N + 1) if N % n == 0], prefix):
+        if mine == prefix and follow_formula(positions, [grid], prefix):
+            return positions, None
+        return sincos_pos_embed(D, grid, mine), f"sine-cosine positions computed for the {rows}x{columns} grid"
+    note = None
+    if follow_formula(own.detach(), [grid], mine):
+        note = "positions are the file's, which do not follow the sine-cosine formula"
     if N != rows * columns:
         if side**2 != N:
             raise ValueError(
                 f"{source} has positions for {N} patches, no square grid; use the image size that it was trained with"
             )
-        positions = resize_pos_embed(positions, (side, side), model.grid, prefix)
-        notes.append(f"positions interpolated from {side}x{side} to {rows}x{columns}")
-    tokens = positions[:, :prefix] if prefix else model.pos_embed.detach()[:, :1].to(positions)
-    return torch.cat([tokens[:, : model.prefix], positions[:, prefix:]], dim=1), notes
+        positions = resize_pos_embed(positions, (side, side), grid, prefix)
+        note = f"positions interpolated from {side}x{side} to {rows}x{columns}"
+    tokens = positions[:, :prefix] if prefix else own.detach()[:, :1].to(positions)
+    return torch.cat([tokens[:, :mine], positions[:, prefix:]], dim=1), note
+
+
+def follow_formula(positions, grids, prefix):
+    """Whether positions (1, prefix + N, D) are the sine-cosine ones of one of the grids, up to their own precision."""
+    N, D = positions.shape[1] - prefix, positions.shape[2]
+    precision = 1e-5 if positions.dtype in (torch.float32, torch.float64) else 1e-2
+
+    def equal(some, formula):
+        return torch.allclose(some.float().cpu(), formula, rtol=0, atol=precision)
+
+    if D % 4 or N < 1 or not equal(positions[:, prefix : prefix + 1], sincos_pos_embed(D, (1, 1), 0)):
+        return False  # the first patch is the same in all grids, so this spares most files the loop
+    return any(equal(positions, sincos_pos_embed(D, g, prefix)) for g in grids if math.prod(g) == N)

@@ -253,6 +253,13 @@ def find_layout(state, which):
     return None, (), ()
 
 
+def rename(name, table):
+    """One name, changed by every pair of a table that fits, in order."""
+    for pattern, replacement in table:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 def read(source, which="student"):
     """The weights of a ViT or a masked autoencoder: name -> tensor, under this project's names.
 
@@ -273,9 +280,8 @@ def read(source, which="student"):
     for key, value in state.items():
         if not key.startswith(prefix):
             continue  # a teacher beside its student, DINO's projection head beside its backbone
-        name = theirs = key.removeprefix(prefix)
-        for pattern, replacement in names:
-            name = re.sub(pattern, replacement, name)
+        theirs = key.removeprefix(prefix)
+        name = rename(theirs, names)
         if name and not KNOWN.fullmatch(name):
             unknown.append(key)
         elif name:
@@ -317,11 +323,50 @@ def show(names):
 # ---------------------------------------------------------------------------------------------
 
 
-def write(path, state):
+# From our names to those of Hugging Face's files, q, k and v apart; read from top to bottom, as above.
+TO_HUGGING_FACE = (
+    (r"^(cls_token)$", r"vit.embeddings.\1"),
+    (r"^pos_embed$", "vit.embeddings.position_embeddings"),
+    (r"^patch_embed\.proj\.", "vit.embeddings.patch_embeddings.projection."),
+    (r"^blocks\.", "vit.encoder.layer."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.attn\.q\.", ".attention.attention.query."),
+    (r"\.attn\.k\.", ".attention.attention.key."),
+    (r"\.attn\.v\.", ".attention.attention.value."),
+    (r"\.attn\.proj\.", ".attention.output.dense."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+    (r"^norm\.", "vit.layernorm."),
+    (r"^head\.", "classifier."),
+)
+
+
+def hugging_face(state):
+    """A ViT's weights under the names of transformers' ViTForImageClassification.
+
+    Raises ValueError for a part that it does not have: without that it would be another function.
+    """
+    apart = {}
+    for name, value in state.items():
+        letters = "qkv" if ".attn.qkv." in name else [""]
+        for letter, part in zip(letters, value.chunk(len(letters)), strict=True):
+            apart[name.replace(".attn.qkv.", f".attn.{letter}.")] = part
+    out = {rename(name, TO_HUGGING_FACE): value for name, value in apart.items()}
+    if unknown := [name for name in out if not name.startswith(("vit.", "classifier."))]:
+        raise ValueError(f"Hugging Face's ViT has no {show(unknown)}; write the layout timm")
+    return out
+
+
+def write(path, state, layout="timm"):
     """Write name -> tensor as a .safetensors file; of a `vit.ViT.state_dict()` timm loads it as it is.
 
-    To a temporary name first, then renamed: whatever happens, the file at `path` is whole.
+    layout: "timm", names as they are, or "hugging-face". To a temporary name first, then renamed: whatever happens,
+    the file at `path` is whole. Raises ValueError, before anything is written, if the layout can't hold it.
     """
+    if layout not in ("timm", "hugging-face"):
+        raise ValueError(f"unknown layout {layout!r}; there are timm and hugging-face")
+    state = hugging_face(state) if layout == "hugging-face" else state
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
