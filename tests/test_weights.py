@@ -63,6 +63,7 @@ def equal(ours, theirs, what=""):
     assert ours.shape == theirs.shape
     assert theirs.std() > 0.1, "the outputs are all alike, so that they agree means nothing"
     worst = (ours.double() - theirs.double()).abs().max().item()
+    print(f"largest difference {worst:.1e}")  # pytest -rP shows it
     assert worst <= 1e-4, f"outputs differ by {worst:.1e}. {what}"
 
 
@@ -401,48 +402,58 @@ def official_file(depth=2, d=32, loss_predictor=True):
     return state
 
 
-def autoencoder(state, loss_predictor=True, depth=2, heads=4, encoder_options=()):
-    """`hpm.Autoencoder` with every weight that was read: strict, so that no name may lack or be too many."""
-    encoder = small(num_classes=0, pos_embed="sincos", **dict(encoder_options))
-    model = hpm.Autoencoder(encoder, P * P * 3, 32, depth, heads, loss_predictor).eval()
-    ours = {name.removeprefix("encoder."): name for name in model.state_dict()}
-    model.load_state_dict({ours.get(name, name): value for name, value in state.items()})
-    return model
+def student(loss_predictor=True, depth=2, d=32, outputs=P * P * 3, img_size=32):
+    return hpm.Autoencoder(
+        small(num_classes=0, pos_embed="sincos", img_size=img_size), outputs, d, depth, 4, loss_predictor
+    )
+
+
+def autoencoder(path, loss_predictor=True, **which):
+    """An `hpm.Autoencoder` with every weight of a file: nothing left, adapted or unused."""
+    model = student(loss_predictor)
+    notes = hpm.load_weights(model, path, **which)
+    assert notes == [], notes
+    return model.eval()
 
 
 def split(noise, visible):
     return noise.argsort(dim=1).split([visible, noise.shape[1] - visible], dim=1)
 
 
-def test_the_official_hpm_predictor_becomes_the_mean_of_its_outputs(tmp_path):
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+def test_the_official_hpm_predictor_becomes_the_mean_of_its_outputs(tmp_path, dtype, rounding):
     """P*P*C outputs for each patch, of which it takes the mean: the mean of linear maps is one linear map.
 
     Here the official predictor is run as it is, with all its outputs, on the tokens that ours starts from.
     """
-    file = official_file()
+    file = {name: value.to(dtype) for name, value in official_file().items()}
     content = {"state_dict": prefixed(file, "module."), "model": "mae_vit_base_patch16", "epoch": 200}
-    model = autoencoder(weights.read(save(content, tmp_path / "hpm.pth")))
-    theirs = hpm.Decoder(32, 2, 4, P * P * 3)
+    state = weights.read(save(content, tmp_path / "hpm.pth"))
+    assert state["loss_predictor.pred.weight"].dtype == dtype
+    model = student().to(dtype)
+    assert hpm.load_weights(model, tmp_path / "hpm.pth") == []
+    theirs = hpm.Decoder(32, 2, 4, P * P * 3).to(dtype)
     names = {"blocks": "decoder_blocks_losspred", "norm": "decoder_norm_losspred", "pred": "decoder_pred_losspred"}
     part = {name: name.split(".")[0] for name in theirs.state_dict()}
     theirs.load_state_dict({name: file[name.replace(top, names[top], 1)] for name, top in part.items()})
     visible, hidden = split(random(3, 16), 4)
     with torch.no_grad():
-        z = model.decoder_tokens(model.encoder.encode(random(3, 3, 32, 32), visible), visible, hidden)
+        latent = model.encoder.encode(random(3, 3, 32, 32).to(dtype), visible)
+        z = model.decoder_tokens(latent, visible, hidden)
         outputs = theirs(z, 12)
         assert model.loss_predictor.pred.weight.shape == (1, 32)
-        assert (outputs.mean(-1) - model.loss_predictor(z, 12)[..., 0]).abs().max() <= 1e-5
+        assert (outputs.mean(-1) - model.loss_predictor(z, 12)[..., 0]).abs().max() <= rounding
         assert outputs.mean(-1).std() > 0.01
 
 
 def test_every_weight_of_an_official_masked_autoencoder_lands_where_it_belongs(tmp_path):
     """Read off their forward pass and ours, part by part."""
     file = official_file()
-    state = weights.read(save({"model": file}, tmp_path / "mae.pth"))
+    model = autoencoder(save({"model": file}, tmp_path / "mae.pth")).state_dict()
     for theirs, ours in (
-        ("cls_token", "cls_token"),
-        ("blocks.1.mlp.fc2.weight", "blocks.1.mlp.fc2.weight"),
-        ("norm.bias", "norm.bias"),
+        ("cls_token", "encoder.cls_token"),
+        ("blocks.1.mlp.fc2.weight", "encoder.blocks.1.mlp.fc2.weight"),
+        ("norm.bias", "encoder.norm.bias"),
         ("decoder_embed.weight", "decoder_embed.weight"),
         ("mask_token", "mask_token"),
         ("decoder_pos_embed", "decoder_pos_embed"),
@@ -452,24 +463,111 @@ def test_every_weight_of_an_official_masked_autoencoder_lands_where_it_belongs(t
         ("decoder_blocks_losspred.0.norm2.weight", "loss_predictor.blocks.0.norm2.weight"),
         ("decoder_norm_losspred.bias", "loss_predictor.norm.bias"),
     ):
-        assert torch.equal(state[ours], file[theirs]), f"{theirs} is not {ours}"
-    assert len(state) == len(file)
-    torch.testing.assert_close(state["loss_predictor.pred.bias"], file["decoder_pred_losspred.bias"].mean()[None])
-    autoencoder(state)
-    mae = weights.read(save({"model": official_file(loss_predictor=False)}, tmp_path / "mae.pth"))
-    autoencoder(mae, loss_predictor=False)
+        assert torch.equal(model[ours], file[theirs]), f"{theirs} is not {ours}"
+    assert len(model) == len(file)
+    torch.testing.assert_close(model["loss_predictor.pred.bias"], file["decoder_pred_losspred.bias"].mean()[None])
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_the_official_hpm_file_gives_student_or_teacher_with_decoders(tmp_path, which):
+    """Their names in it: `state_dict` is the student, `ema_state_dict` the teacher, `model` only a name."""
+    both = {"state_dict": official_file(), "ema_state_dict": {n: v / 2 for n, v in official_file().items()}}
+    for name in ("pos_embed", "decoder_pos_embed"):  # fixed, and the same in both
+        both["ema_state_dict"][name] = both["state_dict"][name]
+    path = save(both | {"model": "mae_vit_base_patch16", "epoch": 200, "optimizer": {}}, tmp_path / "hpm.pth")
+    part = both["state_dict" if which == "student" else "ema_state_dict"]
+    assert torch.equal(autoencoder(path, which=which).decoder.norm.bias, part["decoder_norm.bias"])
+
+
+@pytest.mark.parametrize(
+    ("file", "has_predictor", "note"),
+    [
+        ("mae", True, "left at the initial value: loss_predictor"),
+        ("hpm", False, "not used: loss_predictor"),
+        ("encoder", True, "left at the initial value: decoder, decoder_embed, loss_predictor, mask_token"),
+        ("no decoder_pred", False, "left at the initial value: decoder.pred.bias, decoder.pred.weight"),
+    ],
+)
+def test_parts_that_only_the_file_or_only_the_model_has_are_named(tmp_path, file, has_predictor, note):
+    """What both have is loaded, what only the model has stays as it was."""
+    content = official_file(loss_predictor=file == "hpm")
+    if file == "encoder":
+        content = {n: value for n, value in content.items() if not n.startswith(("decoder", "mask"))}
+    if file == "no decoder_pred":
+        content = {n: value for n, value in content.items() if not n.startswith("decoder_pred")}
+    model = student(has_predictor)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert hpm.load_weights(model, save(content, tmp_path / "vit.pth")) == [note]
+    after = model.state_dict()
+    assert torch.equal(after["encoder.blocks.1.mlp.fc1.bias"], content["blocks.1.mlp.fc1.bias"])
+    if file != "encoder":
+        assert torch.equal(after["mask_token"], content["mask_token"])
+    for name in note.partition(": ")[2].split(", ") if note.startswith("left") else ():
+        kept = [n for n in after if n.startswith(name)]
+        assert kept
+        assert all(torch.equal(after[n], before[n]) for n in kept)
+
+
+@pytest.mark.parametrize(
+    ("here", "match"),
+    [
+        (dict(depth=3), "its decoder depth is 2 blocks, this model's 3"),
+        (dict(depth=1), "its decoder depth is 2 blocks, this model's 1"),
+        (dict(d=64), r"\(1, 1, 32\), this model's \(1, 1, 64\)"),
+    ],
+)
+def test_decoders_of_another_size_are_refused_and_nothing_is_loaded(tmp_path, here, match):
+    """The encoder would fit: it may not be loaded before the decoders have been looked at."""
+    model, path = student(**here), save(official_file(), tmp_path / "mae.pth")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"mae\.pth does not fit.*{match}"):
+        hpm.load_weights(model, path)
+    same(model.state_dict(), before)
+
+
+def test_a_decoder_for_another_target_keeps_all_but_its_last_layer(tmp_path):
+    """As a classifier for other classes does with its head: to go on from pixels to features."""
+    model, file = student(outputs=27), official_file()
+    notes = hpm.load_weights(model, save(file, tmp_path / "mae.pth"))
+    assert notes == ["decoder.pred left at its initial value: 27 values a patch here, 192 in the file"]
+    assert torch.equal(model.decoder.norm.weight, file["decoder_norm.weight"])
+
+
+def test_a_masked_autoencoder_for_another_image_size_gets_positions_for_it(tmp_path):
+    """Of encoder and decoders, by the formula, and it is said once."""
+    model = student(img_size=(48, 64))
+    notes = hpm.load_weights(model, save(official_file(), tmp_path / "mae.pth"))
+    assert notes == ["sine-cosine positions computed for the 6x8 grid"]
+    assert torch.equal(model.encoder.pos_embed, vit.sincos_pos_embed(D, (6, 8)))
+    assert torch.equal(model.decoder_pos_embed, vit.sincos_pos_embed(32, (6, 8)))
+
+
+def test_positions_that_no_formula_gives_are_taken_as_they_are(tmp_path):
+    """In a model whose own are fixed too: others would make another function of the file. Half precision is no news."""
+    file = official_file() | {"pos_embed": random(1, 17, D)}
+    model = student()
+    assert "positions are the file's" in hpm.load_weights(model, save(file, tmp_path / "mae.pth"))[0]
+    assert torch.equal(model.encoder.pos_embed, file["pos_embed"])
+    half = {name: value.half() for name, value in official_file().items()}
+    assert hpm.load_weights(student(), save(half, tmp_path / "half.pth")) == []
 
 
 @pytest.mark.parametrize("which", ["student", "teacher"])
 def test_our_own_checkpoint_of_hpm_gives_student_or_teacher(tmp_path, which):
-    """The names are those of the official files after reading: one way to load both."""
-    model = hpm.HPM(autoencoder(weights.read(save(official_file(), tmp_path / "hpm.pth"))))
-    model.load_state_dict(filled(model.state_dict()))
+    """The names are those of the official files after reading: one way to load both. A teacher has no decoder."""
+    model = hpm.HPM(autoencoder(save(official_file(), tmp_path / "hpm.pth")))
+    state = filled(model.state_dict())
+    state |= {n: v for n, v in model.state_dict().items() if n.endswith("pos_embed")}
+    model.load_state_dict(state)
     state = weights.read(save({"model": model.state_dict(), "step": 3}, tmp_path / "last.pt"), which=which)
     part = getattr(model, which).state_dict()
     same(state, {name.removeprefix("encoder."): value for name, value in part.items()})
     weights.write(tmp_path / "mae.safetensors", state)
     same(weights.read(tmp_path / "mae.safetensors"), state)
+    second = student()
+    notes = hpm.load_weights(second, tmp_path / "last.pt", which)
+    assert notes == (["left at the initial value: decoder"] if which == "teacher" else [])
+    same({name: second.state_dict()[name] for name in part}, part)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -529,44 +627,78 @@ def test_hugging_face_vit_b16_gives_equal_logits(tmp_path, img_size):
     equal(ours(images), peer(images).logits)
 
 
-@pytest.mark.parametrize("norm_pix_loss", [False, True], ids=["pixels", "normalised pixels"])
-@pytest.mark.parametrize("names", ["file", "file of this version", "inside"])
-def test_hugging_face_masked_autoencoder_gives_equal_reconstructions_and_loss(tmp_path, names, norm_pix_loss):
-    """The same noise sorts the same patches out. The public files say decoder_layers; version 5 writes another name."""
+def hugging_face_mae(folder, names, img_size=32, formula=True, **options):
+    """A ViTMAEForPreTraining with random weights and the file that it writes: peer, path.
+
+    Some versions start with positions of zeros, so they are given here: those of the formula, or random ones.
+    """
     transformers = pytest.importorskip("transformers", reason=PEER)
-    config = transformers.ViTMAEConfig(
-        hidden_size=D, num_hidden_layers=DEPTH, num_attention_heads=HEADS, intermediate_size=4 * D,
-        decoder_hidden_size=32, decoder_num_hidden_layers=2, decoder_num_attention_heads=4,
-        decoder_intermediate_size=128, image_size=32, patch_size=P, norm_pix_loss=norm_pix_loss, layer_norm_eps=1e-6,
-    )  # fmt: skip
-    peer = transformers.ViTMAEForPreTraining(config)
+    size = dict(hidden_size=D, num_hidden_layers=DEPTH, num_attention_heads=HEADS, intermediate_size=4 * D)
+    size |= dict(decoder_hidden_size=32, decoder_num_hidden_layers=2, decoder_num_attention_heads=4)
+    size |= dict(decoder_intermediate_size=128, patch_size=P, layer_norm_eps=1e-6)
+    peer = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**(size | options), image_size=img_size))
     values = filled(peer.state_dict())
-    values["vit.embeddings.position_embeddings"] = vit.sincos_pos_embed(D, (4, 4))  # some versions start at zeros
-    values["decoder.decoder_pos_embed"] = vit.sincos_pos_embed(32, (4, 4))
+    for name in ("vit.embeddings.position_embeddings", "decoder.decoder_pos_embed"):
+        if formula:
+            side = img_size // peer.config.patch_size
+            values[name] = vit.sincos_pos_embed(values[name].shape[-1], (side, side))
     peer.load_state_dict(values)
     peer.eval().requires_grad_(False)
-    path = tmp_path / "model.safetensors"
     if names == "inside":
-        path = save(peer.state_dict(), tmp_path / "pytorch_model.bin")
-    else:
-        peer.save_pretrained(tmp_path)
-        if names == "file":
-            file = safetensors.torch.load_file(path)
-            file = {n.replace("decoder_encoder.layer.", "decoder_layers."): value for n, value in file.items()}
-            assert "decoder.decoder_layers.1.attention.attention.query.weight" in file
-            safetensors.torch.save_file(file, path)
-    ours = autoencoder(weights.read(path), loss_predictor=False)
+        return peer, save(peer.state_dict(), folder / "pytorch_model.bin")
+    peer.save_pretrained(folder)
+    path = folder / "model.safetensors"
+    if names == "file":
+        file = safetensors.torch.load_file(path)
+        file = {n.replace("decoder_encoder.layer.", "decoder_layers."): value for n, value in file.items()}
+        assert "decoder.decoder_layers.1.attention.attention.query.weight" in file
+        safetensors.torch.save_file(file, path)
+    return peer, path
 
-    images, noise = random(3, 3, 32, 32), torch.rand(3, 16, generator=torch.Generator().manual_seed(1))
+
+def equal_reconstructions(ours, peer, img_size, batch=3):
+    """Reconstruction of the hidden patches and loss, for the same noise: it sorts the same patches out."""
+    patch_size = peer.config.patch_size
+    N = (img_size // patch_size) ** 2
+    images, noise = random(batch, 3, img_size, img_size), torch.rand(batch, N, generator=torch.manual_seed(1))
     out = peer(images, noise=noise)
-    visible, hidden = split(noise, 4)
+    visible, hidden = split(noise, N // 4)
     with torch.no_grad():
         prediction, _ = ours(images, visible, hidden)
     equal(prediction, vit.gather(out.logits, hidden))
-    target = vit.patchify(images, P)
-    target = hpm.normalise_patches(target)[0] if norm_pix_loss else target
+    target = vit.patchify(images, patch_size)
+    target = hpm.normalise_patches(target)[0] if peer.config.norm_pix_loss else target
     loss = hpm.reconstruction_loss(prediction, vit.gather(target, hidden)).mean()
     assert loss.item() == pytest.approx(out.loss.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True], ids=["pixels", "normalised pixels"])
+@pytest.mark.parametrize("names", ["file", "file of this version", "inside"])
+def test_hugging_face_masked_autoencoder_gives_equal_reconstructions_and_loss(tmp_path, names, norm_pix_loss):
+    """The public files say decoder_layers; version 5 writes another name, and has a third one inside."""
+    peer, path = hugging_face_mae(tmp_path, names, norm_pix_loss=norm_pix_loss)
+    equal_reconstructions(autoencoder(path, loss_predictor=False), peer, 32)
+
+
+def test_a_masked_autoencoder_with_positions_of_its_own_gives_equal_reconstructions(tmp_path):
+    """Whatever its positions are, the function of the file is what they make of it."""
+    peer, path = hugging_face_mae(tmp_path, "file", formula=False)
+    ours = student(loss_predictor=False).eval()
+    assert all("positions" in note for note in hpm.load_weights(ours, path))
+    equal_reconstructions(ours, peer, 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("img_size", [224, 384])
+def test_hugging_face_masked_autoencoder_of_vit_b16_gives_equal_reconstructions(tmp_path, img_size):
+    """With the eps of its public files, which is not that of MAE's code."""
+    size = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, patch_size=16)
+    size |= dict(decoder_hidden_size=512, decoder_num_hidden_layers=8, decoder_num_attention_heads=16)
+    size |= dict(decoder_intermediate_size=2048, layer_norm_eps=1e-12, norm_pix_loss=True)
+    peer, path = hugging_face_mae(tmp_path, "file", img_size, **size)
+    ours = hpm.create("vit_b16", img_size, mask="random", predictor="none").student.eval()
+    assert hpm.load_weights(ours, path) == []
+    equal_reconstructions(ours, peer, img_size, batch=1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -717,16 +849,96 @@ def test_a_write_that_fails_leaves_the_file_before_it_whole(tmp_path, monkeypatc
     assert [file.name for file in tmp_path.iterdir()] == ["vit.safetensors"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("pool", ["cls", "mean"])
-@pytest.mark.parametrize(("arch", "name"), [("vit_ti16", "vit_tiny_patch16_224"), ("vit_b16", "vit_base_patch16_224")])
-def test_timm_loads_what_we_write_with_equal_logits(tmp_path, arch, name, pool):
-    timm = pytest.importorskip("timm", reason="timm needs torchvision, so it is no part of the test environment")
-    ours = vit.create(arch, pool=pool).eval()
+@pytest.mark.parametrize("head", [dict(), dict(num_classes=0)], ids=["classifier", "encoder alone"])
+@pytest.mark.parametrize("layout", ["timm", "hugging-face"])
+def test_saved_weights_are_loaded_bit_for_bit_whatever_the_layout(tmp_path, layout, head):
+    first, second = small(**head), small(**head)
+    first.load_state_dict(filled(first.state_dict()))
+    vit.save_weights(first, tmp_path / "vit.safetensors", layout)
+    load(second, tmp_path / "vit.safetensors")
+    same(second.state_dict(), first.state_dict())
+
+
+OPTIONS = [dict(pool="mean"), dict(pool="mean", class_token=False), dict(head="mlp"), dict(pre_norm=True)]
+
+
+@pytest.mark.parametrize("options", [dict(pos_embed="sincos"), *OPTIONS], ids=str)
+def test_every_kind_of_vit_comes_back_from_its_file_bit_for_bit(tmp_path, options):
+    first, second = small(**options), small(**options)
+    first.load_state_dict(filled(first.state_dict()))
+    first.pos_embed.data = second.pos_embed.data  # what training leaves as it is
+    vit.save_weights(first, tmp_path / "vit.safetensors")
+    load(second, tmp_path / "vit.safetensors")
+    same(second.state_dict(), first.state_dict())
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_what_hugging_faces_vit_lacks_is_not_written_for_it(tmp_path, options):
+    with pytest.raises(ValueError, match="Hugging Face's ViT has no .*layout timm"):
+        vit.save_weights(small(**options), tmp_path / "vit.safetensors", "hugging-face")
+    with pytest.raises(ValueError, match="unknown layout 'jax'; there are timm and hugging-face"):
+        vit.save_weights(small(**options), tmp_path / "vit.safetensors", "jax")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("gelu", "name"), [("none", "gelu"), ("tanh", "gelu_pytorch_tanh")])
+def test_hugging_face_loads_what_we_write_with_equal_logits_and_gives_it_back_bit_for_bit(tmp_path, gelu, name):
+    transformers = pytest.importorskip("transformers", reason=PEER)
+    ours, again = small(gelu=gelu), small(gelu=gelu)
     ours.load_state_dict(filled(ours.state_dict()))
-    weights.write(tmp_path / "vit.safetensors", ours.state_dict())
-    peer = timm.create_model(name, global_pool={"cls": "token", "mean": "avg"}[pool]).eval()
-    timm.models.load_checkpoint(peer, str(tmp_path / "vit.safetensors"), strict=True)
-    images = random(2, 3, 224, 224)
+    vit.save_weights(ours, tmp_path / "model.safetensors", "hugging-face")
+    config = vit_config(transformers, layer_norm_eps=1e-6, hidden_act=name)
+    peer, found = transformers.ViTForImageClassification.from_pretrained(
+        tmp_path, config=config, output_loading_info=True
+    )
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    images = random(3, 3, 32, 32)
+    with torch.no_grad():
+        equal(ours(images), peer.eval()(images).logits)
+    peer.save_pretrained(tmp_path / "again")
+    load(again, tmp_path / "again" / "model.safetensors")
+    same(again.state_dict(), ours.state_dict())
+
+
+NO_TIMM = "timm can't be imported: it needs torchvision, which is no part of the test environment"
+
+
+def timm_vit(pool, img_size, **size):
+    timm = pytest.importorskip("timm", reason=NO_TIMM)
+    peer = timm.models.VisionTransformer(
+        img_size, **size, global_pool={"cls": "token", "mean": "avg"}[pool], weight_init="skip"
+    )
+    peer.load_state_dict(filled(peer.state_dict()))
+    return peer.eval()
+
+
+B16 = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12, num_classes=1000)
+TIMM_SIZES = [
+    pytest.param(32, dict(patch_size=P, embed_dim=D, depth=DEPTH, num_heads=HEADS, num_classes=CLASSES), id="small"),
+    pytest.param(224, B16, id="B/16, 224", marks=pytest.mark.slow),
+    pytest.param(384, B16, id="B/16, 384", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize(("img_size", "size"), TIMM_SIZES)
+def test_timm_gives_equal_logits_both_ways_and_gives_weights_back_bit_for_bit(tmp_path, img_size, size, pool):
+    """Its file into our model; ours into its. With global_pool="avg" its last norm follows the mean, as ours does."""
+    peer = timm_vit(pool, img_size, **size)
+    here = {name.replace("embed_dim", "dim"): value for name, value in size.items()}
+    ours, again = vit.ViT(img_size, pool=pool, **here), vit.ViT(img_size, pool=pool, **here)
+    load(ours, save(peer.state_dict(), tmp_path / "timm.pth"))
+    images = random(2, 3, img_size, img_size)
     with torch.no_grad():
         equal(ours(images), peer(images))
+
+    import timm
+
+    ours.load_state_dict({name: value.flip(0) for name, value in ours.state_dict().items()})
+    vit.save_weights(ours, tmp_path / "vit.safetensors")
+    timm.models.load_checkpoint(peer, str(tmp_path / "vit.safetensors"), strict=True)
+    with torch.no_grad():
+        equal(ours(images), peer(images))
+    load(again, save({"state_dict": peer.state_dict()}, tmp_path / "again.pth"))
+    same(again.state_dict(), ours.state_dict())
