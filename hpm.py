@@ -276,10 +276,10 @@ class Autoencoder(nn.Module):
         z = self.decoder_embed(latent)
         prefix = self.encoder.prefix
         masked = self.mask_token.to(z.dtype).expand(len(z), hidden.shape[1], -1)  # (B, n, d)
-        x_class, positions = self.decoder_pos_embed.split([prefix, self.decoder_pos_embed.shape[1] - prefix], dim=1)
-        positions = gather(positions.expand(len(z), -1, -1), torch.cat([visible, hidden], dim=1))  # (B, v + n, d)
-        patches = torch.cat([z[:, prefix:], masked], dim=1) + positions
-        return torch.cat([z[:, :prefix] + x_class, patches], dim=1)
+        x_class = z[:, :prefix] + self.decoder_pos_embed[:, :prefix]  # the formula's are zeros; a file may have others
+        positions = self.decoder_pos_embed[:, prefix:].expand(len(z), -1, -1)  # (B, N, d)
+        positions = gather(positions, torch.cat([visible, hidden], dim=1))  # (B, v + n, d)
+        return torch.cat([x_class, torch.cat([z[:, prefix:], masked], dim=1) + positions], dim=1)
 
     def forward(self, images, visible, hidden):
         """Reconstruct the hidden patches, and predict how well that goes, from the visible ones.

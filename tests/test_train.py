@@ -240,6 +240,10 @@ BAD = {  # the command: words that its error has to have
     "--task finetune": "--task finetune --init",
     "--task finetune --init none.pt": "none.pt check the path",
     "--task finetune --init text.pt": "text.pt torch safetensors .npz",
+    "--task finetune --init page.pt": "page.pt a web page",
+    "--task mae --init objects.npz": "objects.npz Object arrays",
+    "--task hpm --init http://nowhere.invalid/vit.pt": "http://nowhere.invalid/vit.pt closed nothing was kept",
+    "--task mae --init deep.pt": "deep.pt does not fit decoder depth 3 2",
     "--task linear --init narrow.pt": "narrow.pt does not fit 32 64",
     "--data fashion-mnist --data-dir here": "fashion-mnist here can't be reached --data-dir",
     "--data folder:nowhere": "nowhere/train PATH/train/CLASS",
@@ -260,6 +264,11 @@ def test_a_mistake_is_answered_in_one_line_that_helps_and_nothing_is_written(com
     Path("odd/val/bee").mkdir()
     Image.new("RGB", (8, 8)).save("odd/val/bee/1.png")
     Path("text.pt").write_text("no weights")
+    Path("page.pt").write_text("<html>Please log in</html>")
+    np.savez("objects.npz", cls=np.array([{}], dtype=object))
+    if "deep.pt" in command:
+        deep = hpm.create("vit_micro4", 16, 3, mask="random", predictor="none", decoder=(64, 3, 4))
+        torch.save({"model": deep.state_dict()}, "deep.pt")
     if "narrow.pt" in command:
         torch.save(vit.ViT(16, 4, num_classes=0, dim=32, depth=6, num_heads=4).state_dict(), "narrow.pt")
 
@@ -267,6 +276,7 @@ def test_a_mistake_is_answered_in_one_line_that_helps_and_nothing_is_written(com
         raise OSError("the network is closed")
 
     monkeypatch.setattr(urllib.request, "urlopen", closed)
+    monkeypatch.setenv("VIT_CACHE", "cache")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     given = command.split()
     rest = [pair for pair in ("--arch vit_micro4", "--img-size 16", "--out run") if pair.split()[0] not in given]
@@ -568,6 +578,18 @@ def test_a_pretrained_student_hands_its_weights_to_the_teacher(small):
     assert not different({name: own[name] for name in teacher}, teacher)
     E = "patch_embed.proj.weight"
     assert torch.equal(own[f"encoder.{E}"], torch.load("init.pt", weights_only=True)[E])
+
+
+def test_pre_training_goes_on_from_all_that_a_file_has(pretrained, small, capsys):
+    """Encoder, decoder, mask token and loss predictor; MAE from HPM's file leaves the predictor out, and says so."""
+    saved = torch.load(pretrained["hpm"], weights_only=True)["model"]
+    model = train.build(*settings(f"{MICRO} --task hpm --init {pretrained['hpm']}"))
+    assert not different(model.student.state_dict(), {n: saved[f"student.{n}"] for n in model.student.state_dict()})
+    assert not different(model.teacher.state_dict(), {n: saved[f"student.{n}"] for n in model.teacher.state_dict()})
+    assert not capsys.readouterr().out, "nothing was adapted, left or not used"
+    model = train.build(*settings(f"{MICRO} --task mae --init {pretrained['hpm']}"))
+    assert not different(model.student.state_dict(), {n: saved[f"student.{n}"] for n in model.student.state_dict()})
+    assert capsys.readouterr().out == f"{pretrained['hpm']}: not used: loss_predictor\n"
 
 
 def test_every_step_has_masks_of_its_own_and_the_alpha_of_its_time(small, no_figures, monkeypatch):

@@ -46,8 +46,8 @@ def filled(values):
 
 
 def load(model, path, **which):
-    """What `vit.load_weights` does; nothing may be left, adapted or unused."""
-    notes = vit.load_state(model, weights.read(path, **which), path)
+    """A model with every weight of a file: nothing left, adapted or unused."""
+    notes = vit.load_weights(model, path, **which)
     assert notes == [], notes
     return model.eval()
 
