@@ -7,7 +7,8 @@ they hold in the names of this project: timm's for the encoder, those of `hpm.Au
     download    a file by its URL, into a cache
     unwrap      the model out of what a training script saved around it
     layouts     whose names are they? timm, DeiT, DINO, MAE, HPM, Hugging Face, Google: tables of pairs
-    read        all of it;  write  our weights as a file that timm loads, too
+    read        all of it
+    write       our weights as a file that timm or Hugging Face's transformers loads, too
 
 What no file says: Google's models use the tanh GELU (`gelu="tanh"`), and Hugging Face's converted ones the
 LayerNorm eps in their config.json, often 1e-12. Create the model with that for equal logits.
@@ -223,7 +224,9 @@ FLAX = (  # a kernel's inputs come first, and heads have an axis of their own: (
     (r"/(query|key|value)/bias$", lambda w: w.flatten()),
 )
 
-LAYOUTS = (  # names that tell a layout, after any prefix; its names; its values. The first that is found counts.
+# Names that tell a layout, after any prefix; its names; its values. The first that is found counts. A model of another
+# kind is one more row here, with a table of its own, and a line in KNOWN.
+LAYOUTS = (
     (("encoder.patch_embed.proj.weight", "decoder_embed.weight"), OURS, ()),
     (("patch_embed.proj.weight",), TIMM, AVERAGED),
     (("vit.embeddings.patch_embeddings.projection.weight",), HUGGING_FACE, ()),
@@ -233,10 +236,10 @@ LAYOUTS = (  # names that tell a layout, after any prefix; its names; its values
 
 # Every name that is handed out, and q, k and v before they are joined.
 BLOCK = r"blocks\.\d+\.(norm[12]|attn\.(q|k|v|qkv|proj)|mlp\.fc[12])\.(weight|bias)"
-KNOWN = re.compile(
-    rf"cls_token|pos_embed|{BLOCK}|(patch_embed\.proj|norm_pre|norm|fc_norm|pre_logits\.fc|head)\.(weight|bias)|"
-    rf"mask_token|decoder_pos_embed|decoder_embed\.(weight|bias)|"
-    rf"(decoder|loss_predictor)\.({BLOCK}|(norm|pred)\.(weight|bias))"
+KNOWN = (
+    rf"cls_token|pos_embed|{BLOCK}|(patch_embed\.proj|norm_pre|norm|fc_norm|pre_logits\.fc|head)\.(weight|bias)",
+    rf"mask_token|decoder_pos_embed|decoder_embed\.(weight|bias)|decoder\.{BLOCK}|decoder\.(norm|pred)\.(weight|bias)",
+    rf"loss_predictor\.{BLOCK}|loss_predictor\.(norm|pred)\.(weight|bias)",
 )
 
 
@@ -282,7 +285,7 @@ def read(source, which="student"):
             continue  # a teacher beside its student, DINO's projection head beside its backbone
         theirs = key.removeprefix(prefix)
         name = rename(theirs, names)
-        if name and not KNOWN.fullmatch(name):
+        if name and not re.fullmatch("|".join(KNOWN), name):
             unknown.append(key)
         elif name:
             if not isinstance(value, torch.Tensor):
