@@ -365,6 +365,17 @@ def test_a_dict_that_holds_itself_does_not_hang(tmp_path):
     one_line(save(loop, tmp_path / "vit.pth"), "model")
 
 
+def test_what_is_missing_in_every_block_is_said_once(tmp_path):
+    """Models without biases of q, k and v: ours stay at zero, which is the same function."""
+    state = {name: value for name, value in filled(small().state_dict()).items() if not name.endswith("qkv.bias")}
+    model = small()
+    assert vit.load_weights(model, save(state, tmp_path / "vit.pth")) == [
+        "left at the initial value: blocks.*.attn.qkv.bias"
+    ]
+    assert torch.equal(model.blocks[1].attn.qkv.weight, state["blocks.1.attn.qkv.weight"])
+    assert not model.blocks[1].attn.qkv.bias.any()
+
+
 @pytest.mark.parametrize("extra", ["blocks.0.ls1.gamma", "dist_token", "blocks.1.attn.relative_position_bias_table"])
 def test_a_transformer_of_another_kind_is_refused(tmp_path, extra):
     """DeiT III's layer scale, distilled DeiT, BEiT: without that part the rest would be another function."""
