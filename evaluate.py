@@ -5,7 +5,8 @@
     extract, …             frozen features, for the linear probe and for nearest neighbours
     plot_curves, …         curves.png and masks.png of a run
 
-`config` is the configuration of a run, see train.py: task, device, dtype, img_size, micro_batch, seed and so on.
+`config` is the configuration of a run, see train.py: task, device, dtype, img_size, micro_batch, seed and so on. Of
+several processes, see processes.py, each takes its share of the images.
 """
 
 import json
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 
 import data
 import hpm
+import processes
 import vit
 
 matplotlib.use("Agg")  # figures go to files; no screen is needed
@@ -44,30 +46,35 @@ def evaluate(model, split, config):
         hits = (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]) & read[:, None]  # (b, 5)
         loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
         total += torch.stack([read.sum(), loss, hits[:, 0].sum(), hits.sum()])
-    n, loss, top1, top5 = total.tolist()
+    n, loss, top1, top5 = processes.total(total).tolist()
     scores = {"test_loss": loss / n, "top1": 100 * top1 / n, "top5": 100 * top5 / n}
     return scores if logits.shape[1] > 10 else {k: v for k, v in scores.items() if k != "top5"}
 
 
 @torch.inference_mode()
 def evaluate_pretraining(model, split, config):
-    """Reconstruction loss, and rank correlation of predicted and true loss, under random masks that stay the same."""
+    """Reconstruction loss, and rank correlation of predicted and true loss, under random masks that stay the same.
+
+    Image i of the split is row i % COUNT of those that the processes hold at a time: all draw masks for these together.
+    """
     noise = data.generator(config.seed, data.MASK, config.steps, device=config.device)
     total = torch.zeros(3, device=config.device)  # images, rec, correlation
     for images, _ in test_batches(model, split, config):
         with autocast(config):
-            out = model(images, 0.0, noise)
+            together = processes.COUNT * len(images)
+            out = model(images, 0.0, noise, together, slice(processes.RANK, together, processes.COUNT))
         total += len(images) * torch.stack(
             [torch.ones_like(out["rec"]), out["rec"], out.get("correlation", out["rec"])]
         )
-    n, rec, correlation = total.tolist()
+    n, rec, correlation = processes.total(total).tolist()
     return {"test_rec": rec / n} | ({"test_correlation": correlation / n} if "correlation" in out else {})
 
 
 def test_batches(model, split, config):
-    """The batches of a split, the model in evaluation mode while they last."""
+    """The batches of a split that are this process's, the model in evaluation mode while they last."""
     model.eval()
-    yield from split.test_batches(config.img_size, config.micro_batch, torch.device(config.device))
+    device = torch.device(config.device)
+    yield from split.test_batches(config.img_size, config.micro_batch, device, processes.every())
     model.train()
 
 
@@ -78,13 +85,17 @@ def test_batches(model, split, config):
 
 @torch.inference_mode()
 def extract(model, split, config):
-    """The frozen representation of every image that can be read: features (n, D), labels (n,)."""
+    """The frozen representation of every image that can be read, on all processes: features (n, D), labels (n,)."""
     features, labels = [], []
     for images, targets in test_batches(model, split, config):
         with autocast(config):
-            features.append(model(images).float()[targets >= 0])
-        labels.append(targets[targets >= 0])
-    return torch.cat(features), torch.cat(labels)
+            features.append(model(images).float())
+        labels.append(targets)
+    features, labels = torch.cat(features), torch.cat(labels)
+    missing = math.ceil(len(split) / processes.COUNT) - len(labels)  # filled up with the label of what can't be read
+    features, labels = F.pad(features, (0, 0, 0, missing)), F.pad(labels, (0, missing), value=-1)
+    features, labels = (processes.gather(v).transpose(0, 1).flatten(0, 1) for v in (features, labels))  # in order
+    return features[labels >= 0], labels[labels >= 0]
 
 
 @torch.inference_mode()
@@ -115,15 +126,19 @@ class LinearProbe(nn.Module):
 
     def forward(self, images):
         with torch.no_grad():
-            y = self.frozen[0](images)
-        return self.head(self.norm(y.float()))
+            y = self.frozen[0](images).float()
+            if self.training:  # with the mean and the variance of what all processes see
+                y = self.norm(processes.gather(y).flatten(0, 1))[processes.rows(processes.COUNT * len(y))]
+            else:
+                y = self.norm(y)
+        return self.head(y)
 
 
 def linear_probe(encoder, dataset, config):
     """The probe and its data: the features, computed once, if they fit in half of the free memory, else the images."""
     dim = encoder.pos_embed.shape[-1]
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if 4 * dim * len(dataset.train) > free / 2:
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / processes.LOCAL_COUNT
+    if processes.agree(4 * dim * len(dataset.train) > free / 2)[0]:
         return LinearProbe(encoder, dim, len(dataset.classes)).to(config.device), dataset
     train, test = (data.Features(*extract(encoder, split, config)) for split in (dataset.train, dataset.test))
     dataset = dataset._replace(train=train, test=test)
@@ -178,6 +193,8 @@ def plot_masks(out, config, model, dataset, alpha):
     with autocast(config):
         seen = model(images, alpha, noise)
     model.train()
+    if processes.RANK:  # shards of the model come from all processes, the figure from the first
+        return
     patch_size, grid = model.student.encoder.patch_size, model.student.encoder.grid
     patches = vit.patchify(images, patch_size)  # (b, N, P*P*C)
     hidden = seen["hidden"][..., None].expand(-1, -1, patches.shape[-1])  # (b, n, P*P*C)

@@ -382,8 +382,11 @@ class HPM(nn.Module):
         patches = vit.patchify(images, patch_size)
         return normalise_patches(patches)[0] if self.target == "norm-pixels" else patches
 
-    def forward(self, images, hard_fraction=0.0, generator=None):
+    def forward(self, images, hard_fraction=0.0, generator=None, batch=None, here=slice(None)):
         """One step's losses, and all that led to them, by name.
+
+        Masks are drawn for a batch of `batch` images (default: these), of which `images` are the slice `here`: so its
+        parts get the masks that the whole gets, one after the other or on many processes.
 
         loss             L = L_rec + L_pred, to be minimised
         rec, pred        its two parts; rec is the mean of patch_loss
@@ -396,7 +399,11 @@ class HPM(nn.Module):
         if self.teacher is not None:
             with torch.no_grad():
                 teacher_loss, features = self.teacher.predict_loss(images)  # L̂ᵗ = d_ψt(f_θt(x))
-        mask = self.draw_mask(len(images), teacher_loss, hard_fraction, generator, images.device)
+        batch, everyone = batch or len(images), teacher_loss
+        if everyone is not None and batch != len(images):
+            everyone = teacher_loss.new_zeros(batch, teacher_loss.shape[1])
+            everyone[here] = teacher_loss
+        mask = self.draw_mask(batch, everyone, hard_fraction, generator, images.device)[here]
         order = mask.int().argsort(dim=1, stable=True)  # False comes first
         visible, hidden = order.split([mask.shape[1] - self.hidden, self.hidden], dim=1)
 

@@ -6,8 +6,8 @@
     python train.py --task linear --arch vit_micro4 --data fashion-mnist --init runs/hpm-…/last.pt
 
 Tasks: supervised, from scratch; mae and hpm, pre-training without labels; finetune, linear and knn measure what
-pre-training was good for. From top to bottom: recipes, command line, models and their optimizer, evaluation, the
-run folder and its figures, the loop.
+pre-training was good for. From top to bottom: recipes, command line, models and their optimizer, the loop. On several
+GPUs, `torchrun --nproc_per_node=8 train.py …`, see processes.py; what a run leaves behind, see run_folder.py.
 """
 
 import argparse
@@ -18,8 +18,7 @@ import os
 import signal
 import sys
 import time
-from itertools import count, takewhile
-from pathlib import Path
+from contextlib import nullcontext
 
 import torch
 from torch.nn import functional as F
@@ -27,6 +26,7 @@ from tqdm import tqdm
 
 import data
 import hpm
+import processes
 import vit
 from evaluate import (
     autocast,
@@ -38,6 +38,7 @@ from evaluate import (
     plot_curves,
     plot_masks,
 )
+from run_folder import claim, load, new_run, old_run, read_log, save, start_log, write
 
 # ---------------------------------------------------------------------------------------------
 # Recipes: what a flag is when it is not given
@@ -139,7 +140,7 @@ def parse(argv):
     add("--epochs", metavar="N", type=float, help="length of the run in epochs …")
     add("--steps", metavar="N", type=int, help="… or in steps")
     add("--batch-size", metavar="B", type=int, help="images a step")
-    add("--micro-batch", metavar="M", type=int, help="images at a time; gradients of B/M of them are added up")
+    add("--micro-batch", metavar="M", type=int, help="images at a time, of a process; their gradients are added up")
     add("--optimizer", metavar="O", help="adamw | sgd (the ViT paper's fine-tuning); default adamw, linear: sgd")
     add("--lr", type=float, help="peak learning rate; default the recipe's for 256 images, times B/256")
     add("--warmup", metavar="STEPS", type=int, help="steps of linear warm-up")
@@ -164,6 +165,7 @@ def parse(argv):
     add("--device", metavar="D", help="cuda | cpu; default cuda where there is one")
     add("--dtype", metavar="T", help="float32 | bfloat16; default bfloat16 on cuda")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default on cuda")
+    add("--fsdp", action="store_true", default=None, help="with torchrun: shard the parameters, for vit_l and vit_h")
     return parser.parse_args(argv)
 
 
@@ -198,7 +200,8 @@ def configure(given):
 
     default(task="supervised", arch="vit_b16", data="photos", seed=0, decay="cosine")
     default(device="cuda" if torch.cuda.is_available() else "cpu")
-    default(dtype="bfloat16" if config.device == "cuda" else "float32", compile=config.device == "cuda")
+    default(dtype="bfloat16" if config.device == "cuda" else "float32", fsdp=False)
+    default(compile=config.device == "cuda" and not config.fsdp)
     hard, features = config.task == "hpm", config.target in ("ema", "dino", "clip")
     default(mask="hard" if hard else "random", predictor_loss="relative" if hard else "none", mask_ratio=0.75)
     default(target="pixels", alpha=(0.0, 0.2 if features else 0.5))
@@ -218,10 +221,12 @@ def configure(given):
     name = "any" if task in ("linear", "knn") else dataset.name.rstrip("01")  # cifar10, cifar100: cifar
     recipe = OFF | RECIPES[task, name] | (SGD_FINETUNE if (task, config.optimizer) == ("finetune", "sgd") else {})
     default(**{name: recipe[name] for name in ("batch_size", "weight_decay", "crop", *OFF)})
-    default(micro_batch=config.batch_size, lr=recipe["lr"] * config.batch_size / 256)
-    if config.batch_size % config.micro_batch:
+    default(micro_batch=config.batch_size // processes.COUNT, lr=recipe["lr"] * config.batch_size / 256)
+    check_processes(config, dataset)
+    if config.batch_size // processes.COUNT % config.micro_batch:
+        of = f" / {processes.COUNT} processes" if processes.COUNT > 1 else ""
         raise ValueError(
-            f"--micro-batch {config.micro_batch} does not divide --batch-size {config.batch_size}; use a divisor of it"
+            f"--micro-batch {config.micro_batch} does not divide --batch-size {config.batch_size}{of}; use a divisor"
         )
     if config.task == "knn" or (config.steps is None and config.epochs is None and "steps" in recipe):
         config.steps = recipe["steps"][config.device]
@@ -229,7 +234,6 @@ def configure(given):
         default(epochs=recipe.get("epochs"))
         config.steps = math.ceil(config.epochs * len(dataset.train) / config.batch_size)
     default(warmup=round(recipe["warmup"] * config.steps))
-    dataset.train.randaugment = config.randaugment
     return config, dataset
 
 
@@ -276,13 +280,36 @@ def check(config):
         raise ValueError("--randaugment works on folder:PATH data alone; leave it out")
 
 
+def check_processes(config, dataset):
+    """Raise ValueError for what can't be shared among as many processes as there are."""
+    n = processes.COUNT
+    if config.fsdp and n == 1:
+        raise ValueError("--fsdp shards a model over several processes; start them with torchrun --nproc_per_node=…")
+    if config.device == "cuda" and torch.cuda.device_count() < processes.LOCAL_COUNT:
+        raise ValueError(
+            f"{processes.LOCAL_COUNT} processes, but {torch.cuda.device_count()} GPUs; start as many as there are GPUs"
+        )
+    if config.batch_size % n:
+        raise ValueError(f"--batch-size {config.batch_size} can't be shared by {n} processes; use a multiple of {n}")
+    if n > 1 and config.batch_size // n % 2 and (config.mixup or config.cutmix):  # which blend neighbours
+        raise ValueError(
+            f"--batch-size {config.batch_size} gives {n} processes {config.batch_size // n} images each, and mixup and "
+            f"cutmix need an even number; use a multiple of {2 * n}"
+        )
+    if len(dataset.test) < n:
+        raise ValueError(f"{n} processes, but {len(dataset.test)} test images; use fewer processes")
+
+
 # ---------------------------------------------------------------------------------------------
 # Models, their optimizer, their schedule
 # ---------------------------------------------------------------------------------------------
 
 
-def build(config, dataset):
-    """The model of a run, weights loaded. Raises ValueError if they do not fit."""
+def build(config, dataset, resume=False):
+    """The model of a run, weights loaded. Raises ValueError if they do not fit.
+
+    resume: the weights will come from a checkpoint, --init need not be there; but a frozen encoder is in no checkpoint.
+    """
     channels, classes = len(dataset.mean), len(dataset.classes)
     if config.task in PRETRAINING:
         options = dict(mask=config.mask, mask_ratio=config.mask_ratio)
@@ -298,10 +325,10 @@ def build(config, dataset):
             config.arch, config.img_size, classes, channels,
             pool=config.pool, dropout=config.dropout, drop_path=config.drop_path,
         )  # fmt: skip
-    if config.init:
+    if config.init and not (resume and config.task != "linear"):
         load_weights = hpm.load_weights if config.task in PRETRAINING else vit.load_weights
         for note in load_weights(start, config.init):
-            print(f"{config.init}: {note}")
+            say(f"{config.init}: {note}")
     if config.task in PRETRAINING and model.teacher is not None:
         hpm.ema_update(model.teacher, model.student, 0.0)  # the teacher starts as the student
     return model
@@ -342,104 +369,15 @@ def learning_rate(step, steps, peak, warmup, decay="cosine"):
     return peak * (1 - progress if decay == "linear" else (1 + math.cos(math.pi * progress)) / 2)
 
 
-def losses_of(model, images, targets, config, step, generator):
-    """What a task minimises, "loss", and what is logged beside it: scalars by name."""
+def losses_of(model, images, targets, config, step, here):
+    """What a task minimises, "loss", and what is logged beside it: scalars by name. here: these rows of the batch."""
     if config.task in PRETRAINING:
         alpha = hpm.hard_fraction(step, config.steps, *config.alpha)
-        out = model(images, alpha, generator)
+        noise = data.generator(config.seed, data.MASK, step, device=config.device)
+        out = model(images, alpha, noise, config.batch_size, here)
         return {name: out[name] for name in ("loss", "rec", "pred", "correlation") if name in out}
     # Labels (b,) or, after mixup and CutMix, probabilities (b, classes).
     return {"loss": F.cross_entropy(model(images), targets, label_smoothing=config.smoothing)}
-
-
-# ---------------------------------------------------------------------------------------------
-# The run folder
-# ---------------------------------------------------------------------------------------------
-
-MAY_CHANGE = ("device", "dtype", "compile", "data_dir")  # when a run goes on
-
-
-def default_folders(given):
-    """runs/TASK-ARCH-DATA, then the same with -2, -3, …"""
-    name = "-".join([given.task or "supervised", given.arch or "vit_b16", given.data or "photos"])
-    name = name.replace(":", "-").replace("/", "_")
-    return (Path("runs", f"{name}-{i}" if i > 1 else name) for i in count(1))
-
-
-def new_run(given):
-    """The folder of a new run. Raises ValueError if that would replace another one."""
-    if given.out is None:
-        return next(folder for folder in default_folders(given) if not folder.exists())
-    nearest = next(path for path in (Path(given.out), *Path(given.out).absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise ValueError(f"--out {given.out} can't be a folder, for {nearest} is a file; give another one")
-    if (Path(given.out) / "config.json").exists() and not given.overwrite:
-        raise ValueError(
-            f"{given.out} holds a run; --resume continues it, --overwrite replaces it, another --out keeps it"
-        )
-    return Path(given.out)
-
-
-def old_run(given):
-    """The folder and the configuration of the run to resume.
-
-    Raises ValueError if there is none, or if a flag that was given contradicts it.
-    """
-    if given.out is None:
-        there = list(takewhile(Path.exists, default_folders(given)))
-        out = there[-1] if there else next(default_folders(given))
-    else:
-        out = Path(given.out)
-    for name in ("last.pt", "config.json"):
-        if not (out / name).exists():
-            raise ValueError(f"nothing to resume: no {out / name}; check --out, or leave --resume out to start")
-    try:
-        saved = json.loads((out / "config.json").read_text())
-    except ValueError as error:
-        raise ValueError(f"{out / 'config.json'} is damaged ({error}); start anew with --overwrite") from None
-    saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-    for name, value in vars(given).items():
-        if name in saved and value not in (None, saved[name]):
-            if name not in MAY_CHANGE:
-                flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"--resume: the run in {out} has {flag} {saved[name]}, not {value}; leave {flag} out")
-            saved[name] = value
-    return out, argparse.Namespace(**saved)
-
-
-def start_log(out, config, checkpoint):
-    """Write config.json, and keep of an older log what the checkpoint knows of."""
-    (out / "config.json").write_text(json.dumps(vars(config), indent=1) + "\n")
-    lines = [line for line in read_log(out) if line["step"] <= checkpoint["step"]] if checkpoint else []
-    (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    if not checkpoint:
-        for name in ("last.pt", "result.json", "curves.png", "masks.png"):
-            (out / name).unlink(missing_ok=True)
-
-
-def save(path, content):
-    """Write a checkpoint under another name first, so that the last one is there until this one is whole."""
-    part = path.with_suffix(".part")
-    with part.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
-def load(path):
-    """A checkpoint of `save`. Raises ValueError if it is damaged."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever it meets in a damaged file
-        raise ValueError(f"{path} is damaged ({type(error).__name__}); start the run anew with --overwrite") from None
-
-
-def read_log(out):
-    """The objects of log.jsonl; a last line without an end was cut off and does not count."""
-    return [
-        json.loads(line) for line in (out / "log.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")
-    ]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -449,7 +387,7 @@ def read_log(out):
 
 def disturb(images, targets, classes, config, step):
     """Random erasing, mixup and CutMix, where the run wants them."""
-    draw = (config.seed, step, config.batch_size)
+    draw = (config.seed, step, config.batch_size, processes.rows(config.batch_size))
     if config.erasing:
         images = data.erase(images, config.erasing, *draw)
     if config.mixup or config.cutmix:
@@ -458,32 +396,45 @@ def disturb(images, targets, classes, config, step):
 
 
 def train_step(model, optimizer, images, targets, config, step):
-    """One step of the optimizer.
+    """One step of the optimizer, on this process's slice of the batch.
 
     Returns the losses by name and the norm of the gradient before clipping: scalars that nobody has read yet, so
-    that the host need not wait for the device.
+    that the host need not wait for the device. The losses are means over the slice.
     """
-    values, share = {}, config.micro_batch / config.batch_size
-    noise = data.generator(config.seed, data.MASK, step, device=config.device)
-    torch.manual_seed(data.generator(config.seed, data.MODEL, step).initial_seed())  # for dropout and stochastic depth
-    for part in zip(images.split(config.micro_batch), targets.split(config.micro_batch), strict=True):
-        with autocast(config):
-            losses = losses_of(model, *part, config, step, noise)
-        (share * losses["loss"]).backward()
+    values, first = {}, processes.rows(config.batch_size).start
+    # For dropout and stochastic depth, other numbers on each process.
+    torch.manual_seed(data.generator(config.seed, data.MODEL, step, processes.RANK).initial_seed())
+    # The slice goes through the model in micro-batches. All slices are of one length, and so is what each part of one
+    # weighs in the mean: the gradients add up to that of the whole batch.
+    for start in range(0, len(images), config.micro_batch):
+        part = slice(start, min(start + config.micro_batch, len(images)))
+        share = (part.stop - part.start) / len(images)
+        # Gradients are averaged over the processes once they are complete.
+        complete = part.stop == len(images) or not hasattr(model, "no_sync")
+        with nullcontext() if complete else model.no_sync():
+            with autocast(config):
+                here = slice(first + part.start, first + part.stop)
+                losses = losses_of(model, images[part], targets[part], config, step, here)
+            (share * losses["loss"]).backward()
         for name, loss in losses.items():
             values[name] = values.get(name, 0) + share * loss.detach()
     clip = CLIP if config.task == "supervised" or (config.task, config.optimizer) == ("finetune", "sgd") else math.inf
-    values["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    values["grad_norm"] = norm.full_tensor() if config.fsdp else norm
     optimizer.step()
     optimizer.zero_grad()
     return values
 
 
 def read(pending, done):
-    """The means of what the steps up to `done` returned. Raises FloatingPointError that names the first bad step."""
+    """The means of what the steps up to `done` returned, over all processes.
+
+    Raises FloatingPointError that names the first bad step.
+    """
     names = list(pending[0])
     table = torch.stack([value for values in pending for value in values.values()])
-    table = table.view(-1, len(names)).cpu()  # here, and only here, the host waits for the device
+    table = processes.total(table).view(-1, len(names)).cpu()  # here, and only here, the host waits for the device
+    table /= processes.COUNT
     bad = (~table.isfinite()).any(dim=1).nonzero().flatten().tolist()
     if bad:
         found = ", ".join(f"{name} {value}" for name, value in zip(names, table[bad[0]].tolist(), strict=True))
@@ -494,41 +445,48 @@ def read(pending, done):
 def train(config, model, dataset, out, checkpoint):
     """Run to the end, or until a signal. Returns the number of the signal, or 0.
 
-    Raises FloatingPointError if a loss or a gradient is not finite; last.pt is then from before.
+    Raises FloatingPointError if a loss or a gradient is not finite; last.pt is then from before. Raises OSError if
+    a file can't be written.
     """
     pretraining, teacher = config.task in PRETRAINING, getattr(model, "teacher", None)
-    device = torch.device(config.device)
-    optimizer = build_optimizer(model, config)
+    device, first_process = torch.device(config.device), processes.RANK == 0
     start, seconds = 0, 0.0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
         start, seconds = checkpoint["step"], checkpoint["seconds"]
     if config.compile:
         (model.student if pretraining else model).compile()
         if teacher is not None:
             teacher.predict_loss = torch.compile(teacher.predict_loss)
+    learner = processes.parallel(model, config.fsdp)
+    optimizer = build_optimizer(model, config)
+    if checkpoint:
+        load_optimizer(optimizer, checkpoint["optimizer"])
 
-    stop = []  # the signal that asks to stop: the step in progress is finished; a second signal kills
+    stop = [0]  # the signal that asks to stop: the step in progress is finished; a second signal kills
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
 
     epoch = len(dataset.train) / config.batch_size  # in steps
     log_every = max(1, min(50, config.steps // 100))
     eval_every = max(math.ceil(epoch), config.steps // EVALUATIONS)
+    steps, here = range(start, config.steps), processes.rows(config.batch_size)
     batches = dataset.train.train_batches(
-        config.img_size, config.batch_size, range(start, config.steps), config.seed, config.crop, device
+        config.img_size, config.batch_size, steps, config.seed, config.crop, device, here
     )
-    log, pending, saved = (out / "log.jsonl").open("a", buffering=1), [], time.monotonic()
+    log = open(out / "log.jsonl" if first_process else os.devnull, "a", buffering=1)
+    pending, saved = [], time.monotonic()
     clock = time.monotonic()
-    with tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True) as bar:
+    with tqdm(
+        total=config.steps, initial=start, unit="step", dynamic_ncols=True, disable=None if first_process else True
+    ) as bar:
         for step, (images, targets) in enumerate(batches, start):
             line = dict(step=step + 1, epoch=(step + 1) / epoch)
             line["lr"] = learning_rate(step, config.steps, config.lr, config.warmup, config.decay)
             for group in optimizer.param_groups:
                 group["lr"] = group["scale"] * line["lr"]
             images, targets = disturb(images, targets, len(dataset.classes), config, step)
-            pending.append(train_step(model, optimizer, images, targets, config, step))
+            pending.append(train_step(learner, optimizer, images, targets, config, step))
             if teacher is not None:
                 line["alpha"] = hpm.hard_fraction(step, config.steps, *config.alpha)
                 line["momentum"] = hpm.ema_momentum(step / epoch)
@@ -536,7 +494,9 @@ def train(config, model, dataset, out, checkpoint):
             bar.update()
 
             done = step + 1
-            evaluating, stopping = done % eval_every == 0 or done == config.steps, bool(stop)
+            # A signal may reach one process alone, and clocks differ: all have to do the same at the same step.
+            stopping, due = processes.agree(stop[-1], time.monotonic() - saved > SAVE_EVERY)
+            evaluating = done % eval_every == 0 or done == config.steps
             if not (evaluating or stopping or done % log_every == 0):
                 continue
             line |= read(pending, done)
@@ -548,17 +508,29 @@ def train(config, model, dataset, out, checkpoint):
             if evaluating:
                 line |= (evaluate_pretraining if pretraining else evaluate)(model, dataset.test, config)
             log.write(json.dumps(line) + "\n")
-            if evaluating or stopping or time.monotonic() - saved > SAVE_EVERY:
+            if evaluating or stopping or due:
                 state = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
-                save(out / "last.pt", state | dict(step=done, seconds=seconds, config=vars(config)))
-                plot_curves(out, config)
+                state = processes.whole(state) | dict(step=done, seconds=seconds, config=vars(config))
+                if first_process:
+                    save(out / "last.pt", state)
+                    plot_curves(out, config)
                 if pretraining:
                     plot_masks(out, config, model, dataset, line.get("alpha", 0.0))
                 saved = time.monotonic()
             if stopping and done < config.steps:
-                return stop[0]
+                return stopping
             clock = time.monotonic()
     return 0
+
+
+def load_optimizer(optimizer, saved):
+    """Load the state_dict of an optimizer that may have had other shards, or none."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        i: {name: processes.sharded(v, params[i]) if v.shape == params[i].shape else v for name, v in values.items()}
+        for i, values in saved["state"].items()
+    }
+    optimizer.load_state_dict(saved | {"state": state})
 
 
 def finish(config, dataset, out, scores, seconds, params):
@@ -566,7 +538,7 @@ def finish(config, dataset, out, scores, seconds, params):
     images = config.steps * config.batch_size
     result = dict(task=config.task, arch=config.arch, data=config.data, **scores, steps=config.steps)
     result |= dict(seconds=seconds, images_per_second=images / seconds, params=params)
-    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    write(out / "result.json", json.dumps(result, indent=1) + "\n")
     for name, split in (("training", dataset.train), ("test", dataset.test)):
         if split.unreadable:
             print(f"skipped {len(split.unreadable)} of {len(split):,} {name} images that can't be decoded")
@@ -585,63 +557,111 @@ def finish(config, dataset, out, scores, seconds, params):
 def describe(config, dataset, params):
     """What is about to happen, in two lines."""
     size = "x".join(map(str, config.img_size))
+    shared = f" on {processes.COUNT} processes" if processes.COUNT > 1 else ""
     return (
         f"{config.task}: {config.arch}, {params / 1e6:.1f}M parameters, on {config.data}: {len(dataset.classes)} "
         f"classes, {len(dataset.train):,} training and {len(dataset.test):,} test images of {size} pixels\n"
         f"{config.steps:,} steps of {config.batch_size} images, peak learning rate {config.lr:.2g}, "
-        f"{config.device}, {config.dtype}"
+        f"{config.device}, {config.dtype}{shared}"
     )
 
 
+def say(text):
+    """Print once, whatever the number of processes."""
+    if processes.RANK == 0:
+        print(text)
+
+
+def complain(text, everywhere=False):
+    """Print an error, once on each machine: all processes there meet the same one. everywhere: one process met it."""
+    if everywhere or processes.LOCAL_RANK == 0:
+        print(f"error: {text}", file=sys.stderr)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal came where there is no step to finish: before training, or while features are computed."""
+
+
+def stop_now(number, frame):
+    raise Stopped(number)
+
+
 def main(argv=None):
-    """Returns the exit code: 0 done, 1 something is not finite, 2 bad input, 128 + the number of a signal."""
+    """Returns the exit code: 0 done, 1 something broke on the way, 2 bad input, 128 + the number of a signal."""
     given = parse(argv)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop_now)
+    out = None
     try:
         if given.resume:
             out, config = old_run(given)
             dataset = load_dataset(config)
-            dataset.train.randaugment = config.randaugment
-            checkpoint = load(out / "last.pt")
+            check_processes(config, dataset)
+            checkpoint = load(out)
         else:
             config, dataset = configure(given)
             out, checkpoint = new_run(given), None
+        dataset.train.randaugment = config.randaugment
         torch.manual_seed(config.seed)
         torch.set_float32_matmul_precision("high")  # on CUDA: TF32 for what autocast leaves in float32
-        model = build(config, dataset).to(config.device)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        processes.start(config.device)
+        model = build(config, dataset, resume=checkpoint is not None).to(config.device)
+        out = processes.decide(lambda: claim(out, given))
+        params = sum(p.numel() for p in model.parameters())
+        say(describe(config, dataset, params))
+        if processes.RANK == 0:
+            start_log(out, config, checkpoint)
+        return run(config, dataset, model, out, checkpoint, params)
+    except (ValueError, data.UnreadableImages) as error:
+        complain(error, everywhere=isinstance(error, data.UnreadableImages))
         return 2
+    except FloatingPointError as error:
+        complain(f"{error}; {kept(out)}; try a lower --lr")
+        return 1
+    except OSError as error:  # a full disk, above all
+        complain(f"{error}; {kept(out)}", everywhere=True)
+        return 1
+    except Stopped as stopped:
+        say(how_to_go_on(out))
+        return 128 + stopped.args[0]
 
-    params = sum(p.numel() for p in model.parameters())
-    print(describe(config, dataset, params))
-    out.mkdir(parents=True, exist_ok=True)
-    start_log(out, config, checkpoint)
-    try:
+
+def run(config, dataset, model, out, checkpoint, params):
+    """What follows once everything fits: the exit code."""
+    if config.task == "knn":
         clock = time.monotonic()
-        if config.task == "knn":
-            features = [extract(model, split, config) for split in (dataset.train, dataset.test)]
-            top1 = nearest_neighbours(*features, len(dataset.classes))
-            finish(config, dataset, out, {"top1": top1}, time.monotonic() - clock, params)
-            return 0
+        features = [extract(model, split, config) for split in (dataset.train, dataset.test)]
+        top1 = nearest_neighbours(*features, len(dataset.classes))
+        scores, seconds = {"top1": top1}, time.monotonic() - clock
+    else:
         probe = linear_probe(model, dataset, config) if config.task == "linear" else (model, dataset)
         stopped = train(config, *probe, out, checkpoint)
-    except FloatingPointError as error:
-        kept = (
-            f"{out / 'last.pt'} has the last good state" if (out / "last.pt").exists() else "nothing was saved before"
-        )
-        print(f"error: {error}; {kept}; try a lower --lr", file=sys.stderr)
-        return 1
-    except data.UnreadableImages as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if stopped:
-        print(f"stopped; go on with: python train.py --resume --out {out}")
-        return 128 + stopped
-    last = read_log(out)[-1]
-    scores = {name: last[name] for name in ("top1", "top5", "test_rec", "test_correlation") if name in last}
-    finish(config, dataset, out, scores, last["seconds"], params)
+        if stopped:
+            say(how_to_go_on(out))
+            return 128 + stopped
+        if processes.RANK == 0:
+            last = read_log(out)[-1]
+            scores = {name: last[name] for name in ("top1", "top5", "test_rec", "test_correlation") if name in last}
+            seconds = last["seconds"]
+    if processes.RANK == 0:
+        finish(config, dataset, out, scores, seconds, params)
     return 0
 
 
+def kept(out):
+    """What is left after an error."""
+    there = (out / "last.pt").exists()
+    return f"{out / 'last.pt'} has the last good state" if there else "nothing was saved before"
+
+
+def how_to_go_on(out):
+    if out is None or not (out / "last.pt").exists():
+        return "stopped before anything was saved; start again with the same command"
+    several = f"torchrun --nproc_per_node={processes.LOCAL_COUNT}" if processes.COUNT > 1 else "python"
+    return f"stopped; go on with: {several} train.py --resume --out {out}"
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    processes.end()
+    sys.exit(code)

@@ -100,9 +100,10 @@ def test_evaluation_is_without_dropout_and_training_goes_on_with_it():
 class Counter(nn.Module):
     """Stands in for HPM: its loss is the mean of the first pixel, its correlation the mean of the second."""
 
-    def forward(self, images, hard_fraction, generator):
+    def forward(self, images, hard_fraction, generator, batch, here):
         assert hard_fraction == 0.0, "all masks are random, so that scores of different times compare"
         assert not self.training
+        assert batch == len(range(batch)[here]) == len(images)
         self.drawn.append(torch.rand(1, generator=generator).item())
         return {"rec": images[:, 0, 0, 0].mean(), "correlation": images[:, 0, 0, 1].mean()}
 

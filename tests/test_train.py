@@ -249,7 +249,8 @@ BAD = {  # the command: words that its error has to have
     "--data folder:nowhere": "nowhere/train PATH/train/CLASS",
     "--data folder:empty": "no image empty/train/ant .png remove",
     "--data folder:odd": "odd/train odd/val differ bee only in val",
-    "--resume": "nothing to resume run/last.pt --out leave --resume out",
+    "--resume": "nothing to resume run/config.json --out leave --resume out",
+    "--fsdp": "--fsdp several processes torchrun",
     "--device cuda": "--device cuda GPU --device cpu",
 }
 
@@ -635,7 +636,7 @@ def test_a_run_folder_says_what_was_run_how_it_went_and_what_came_out(command, s
     files, logged, scores, panels = RUN_FOLDER[command]
     assert run(f"{MICRO} {command} --out run") == 0
     five = {"config.json", "log.jsonl", "last.pt", "curves.png", "result.json"}
-    assert {path.name for path in Path("run").iterdir()} == five | files
+    assert {path.name for path in Path("run").iterdir()} == five | files | {".lock"}
 
     config = json.loads(Path("run/config.json").read_text())
     assert (config["arch"], config["img_size"], config["steps"], config["seed"]) == ("vit_micro4", [16, 16], 3, 0)
@@ -826,12 +827,15 @@ def test_more_than_5_percent_of_unreadable_images_end_the_run(no_figures, capsys
     assert all(word in errors[0] for word in ("2 of 24", "5 %", "pictures/train/ant", "repair or remove"))
 
 
-def test_randaugment_of_the_recipe_reaches_the_images():
-    """MAE fine-tunes on ImageNet with RandAugment(9, 0.5)."""
+def test_randaugment_of_the_recipe_reaches_the_images(monkeypatch):
+    """MAE fine-tunes on ImageNet with RandAugment(9, 0.5); so does a run that goes on."""
     write_images("pictures", ant=2, cat=2)
-    config, dataset = settings("--task finetune --init x.pt --arch vit_micro4 --img-size 16 --data folder:pictures")
-    assert config.randaugment == 9.0
-    assert dataset.train.randaugment == 9.0
+    torch.save(vit.create("vit_micro4", 16, 2).state_dict(), "init.pt")
+    seen = []
+    monkeypatch.setattr(train, "train", lambda config, model, dataset, *_: seen.append(dataset.train) or signal.SIGINT)
+    command = "--task finetune --init init.pt --arch vit_micro4 --img-size 16 --data folder:pictures"
+    assert run(f"{command} --out run") == run("--resume --out run") == 130
+    assert [split.randaugment for split in seen] == [9.0, 9.0]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,0 +1,135 @@
+"""Several processes, one run: what `torchrun` starts, one for each GPU.
+
+    torchrun --nproc_per_node=8 train.py --task hpm --arch vit_b16 --data folder:PATH
+
+All of them run the same program. Each takes its slice of every batch, and their gradients are averaged before each
+step (DistributedDataParallel), so that all models stay equal; with --fsdp each keeps only its part of every parameter,
+and parameters come together block by block when they are needed. Without torchrun there is one process, and everything
+here returns what it was given.
+"""
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import vit
+
+# torchrun numbers the processes: over all machines, on this one, and how many there are.
+RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+COUNT, LOCAL_COUNT = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+# How long one waits for the others. The death of a process is noticed at once; this is for one that is silent, and
+# longer than what the first process does alone, as saving.
+PATIENCE = datetime.timedelta(minutes=10)
+
+
+def start(device):
+    """Meet the others: NCCL between GPUs, gloo between CPUs."""
+    if COUNT == 1:
+        return
+    if device == "cuda":
+        torch.cuda.set_device(LOCAL_RANK)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
+
+
+def end():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rows(batch_size):
+    """The slice of a batch that this process takes: contiguous, as long as those of the others."""
+    share = batch_size // COUNT
+    return slice(RANK * share, (RANK + 1) * share)
+
+
+def every():
+    """The slice of a test set that this process takes: every COUNT-th image, so that sizes need not divide."""
+    return slice(RANK, None, COUNT)
+
+
+# ---------------------------------------------------------------------------------------------
+# What processes tell each other
+# ---------------------------------------------------------------------------------------------
+
+
+def total(tensor):
+    """The sum over all processes, in place."""
+    if COUNT > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather(tensor):
+    """The tensors of all processes: (n, …), n the same everywhere -> (COUNT, n, …)."""
+    if COUNT == 1:
+        return tensor[None]
+    parts = [torch.empty_like(tensor) for _ in range(COUNT)]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.stack(parts)
+
+
+def agree(*flags):
+    """The largest of each flag over all processes: integers, so that all do the same. No device is waited for."""
+    if COUNT == 1:
+        return flags
+    flags = torch.tensor(flags)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return flags.tolist()
+
+
+def decide(call):
+    """Let the first process call, and tell the others what it returned; a ValueError is raised on all."""
+    outcome = [None, None]
+    if RANK == 0:
+        try:
+            outcome = [call(), None]
+        except ValueError as error:
+            outcome = [None, error]
+    if COUNT > 1:
+        dist.barrier()  # what all have done so far is done, as reading files that `call` replaces
+        dist.broadcast_object_list(outcome)
+    if outcome[1]:
+        raise outcome[1]
+    return outcome[0]
+
+
+# ---------------------------------------------------------------------------------------------
+# The model on several processes
+# ---------------------------------------------------------------------------------------------
+
+
+def parallel(model, fsdp=False):
+    """The module to call in place of `model` in training, so that its gradients are averaged over the processes.
+
+    `model` stays what it is: its parameters are the same ones, and names, updates and evaluation go through it. With
+    fsdp they are replaced by shards, in place; build the optimizer after that.
+    """
+    if COUNT == 1:
+        return model
+    if not fsdp:
+        return DistributedDataParallel(model)
+    mesh = dist.init_device_mesh(next(model.parameters()).device.type, (COUNT,))
+    for module in model.modules():
+        if isinstance(module, vit.Block):
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def whole(state):
+    """A state_dict without shards: full tensors on the CPU of the first process. All processes have to call it."""
+    if isinstance(state, dict):
+        return {name: whole(value) for name, value in state.items()}
+    if not isinstance(state, DTensor):
+        return state
+    full = state.full_tensor()
+    return full.cpu() if RANK == 0 else None
+
+
+def sharded(full, like):
+    """A full tensor, which all processes have, in shards like those of the parameter `like`."""
+    return distribute_tensor(full, like.device_mesh, like.placements) if isinstance(like, DTensor) else full
