@@ -10,6 +10,7 @@ here returns what it was given.
 
 import datetime
 import os
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -117,6 +118,8 @@ def parallel(model, fsdp=False):
     for module in model.modules():
         if isinstance(module, vit.Block):
             fully_shard(module, mesh=mesh)
+    # HPM returns views, as the indices of hidden patches; nothing changes them in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     return fully_shard(model, mesh=mesh)
 
 

@@ -23,7 +23,7 @@ try:
 except ImportError:  # Windows: nothing there keeps two runs apart
     fcntl = None
 
-MAY_CHANGE = ("device", "dtype", "compile", "data_dir", "fsdp")  # when a run goes on
+MAY_CHANGE = ("device", "dtype", "compile", "data_dir", "fsdp", "checkpointing")  # when a run goes on
 
 
 def default_folders(given):

@@ -12,6 +12,7 @@ GPUs, `torchrun --nproc_per_node=8 train.py …`, see processes.py; what a run l
 
 import argparse
 import difflib
+import functools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from contextlib import nullcontext
 
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as compute_twice
 from tqdm import tqdm
 
 import data
@@ -165,6 +167,7 @@ def parse(argv):
     add("--device", metavar="D", help="cuda | cpu; default cuda where there is one")
     add("--dtype", metavar="T", help="float32 | bfloat16; default bfloat16 on cuda")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default on cuda")
+    add("--checkpointing", action="store_true", default=None, help="less memory, more time: compute blocks twice")
     add("--fsdp", action="store_true", default=None, help="with torchrun: shard the parameters, for vit_l and vit_h")
     return parser.parse_args(argv)
 
@@ -200,7 +203,7 @@ def configure(given):
 
     default(task="supervised", arch="vit_b16", data="photos", seed=0, decay="cosine")
     default(device="cuda" if torch.cuda.is_available() else "cpu")
-    default(dtype="bfloat16" if config.device == "cuda" else "float32", fsdp=False)
+    default(dtype="bfloat16" if config.device == "cuda" else "float32", checkpointing=False, fsdp=False)
     default(compile=config.device == "cuda" and not config.fsdp)
     hard, features = config.task == "hpm", config.target in ("ema", "dino", "clip")
     default(mask="hard" if hard else "random", predictor_loss="relative" if hard else "none", mask_ratio=0.75)
@@ -309,6 +312,7 @@ def build(config, dataset, resume=False):
     """The model of a run, weights loaded. Raises ValueError if they do not fit.
 
     resume: the weights will come from a checkpoint, --init need not be there; but a frozen encoder is in no checkpoint.
+    With --checkpointing a block keeps its input alone, and computes the rest again in the backward pass.
     """
     channels, classes = len(dataset.mean), len(dataset.classes)
     if config.task in PRETRAINING:
@@ -331,6 +335,10 @@ def build(config, dataset, resume=False):
             say(f"{config.init}: {note}")
     if config.task in PRETRAINING and model.teacher is not None:
         hpm.ema_update(model.teacher, model.student, 0.0)  # the teacher starts as the student
+    if config.checkpointing:
+        for module in model.modules():
+            if isinstance(module, vit.Block):
+                module.forward = functools.partial(compute_twice, module.forward, use_reentrant=False)
     return model
 
 
