@@ -42,6 +42,13 @@ def end():
         dist.destroy_process_group()
 
 
+def is_alone(error):
+    """Whether an error says that another process could not be reached, which it was waited for: it has died."""
+    return COUNT > 1 and any(
+        words in str(error) for words in ("onnection closed by peer", "onnection reset by peer", "Timed out", "NCCL")
+    )
+
+
 def rows(batch_size):
     """The slice of a batch that this process takes: contiguous, as long as those of the others."""
     share = batch_size // COUNT

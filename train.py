@@ -629,6 +629,11 @@ def main(argv=None):
     except OSError as error:  # a full disk, above all
         complain(f"{error}; {kept(out)}", everywhere=True)
         return 1
+    except RuntimeError as error:
+        if not processes.is_alone(error):
+            raise
+        complain(f"another process is gone, see its message; {kept(out)}", everywhere=True)
+        return 1
     except Stopped as stopped:
         say(how_to_go_on(out))
         return 128 + stopped.args[0]

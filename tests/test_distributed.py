@@ -1,0 +1,226 @@
+"""What processes.py promises: two processes with half of each batch do what one does with all of it, and one that dies
+takes the others with it.
+
+`torchrun` starts programs, so these tests do: DRIVER runs commands of train.py one after the other on the images below.
+Only sums are rounded in another order: losses agree to about seven digits.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import processes
+import train
+import vit
+from tests.test_train import MICRO, PLAIN, coloured, leave_no_trace, one_step, small  # noqa: F401 (fixtures)
+
+ROOT = Path(train.__file__).parent
+DRIVER = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import data, processes, train
+from tests.test_distributed import uneven
+
+data.photos, codes, step = uneven, [], train.train_step
+def die(model, optimizer, images, targets, config, now):
+    if (processes.RANK, now) == (1, 2):
+        os._exit(9)  # as the kernel ends a process that takes too much memory: without a word
+    return step(model, optimizer, images, targets, config, now)
+for command in sys.argv[1:]:
+    train.train_step = die if "--seed 13" in command else step
+    codes.append(train.main(command.split()))
+    processes.end()
+sys.exit(max(codes))
+"""
+
+
+def uneven(size=None):
+    """24 training and 11 test images: two processes get 6 and 5 of these."""
+    splits = (data.InMemory(*coloured(n, seed=n), *PLAIN) for n in (24, 11))
+    return data.Dataset("photos", ["red", "green", "blue"], *PLAIN, *splits)
+
+
+def torchrun(folder, *commands, n=2):
+    """The commands of train.py, on n processes, in a folder."""
+    (folder / "driver.py").write_text(DRIVER)
+    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--standalone", "driver.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*launch, *commands], cwd=folder, env=environment, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def finish(process):
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+COMMANDS = {
+    "supervised": "--lr 0.01 --mixup 0.8 --cutmix 1 --erasing 0.5 --smoothing 0.1 --batch-size 8 --micro-batch 2",
+    "hpm": "--task hpm --lr 0.01 --batch-size 8 --micro-batch 2 --alpha 0.5,1 --target ema",
+    "blocks": "--task mae --lr 0.01 --mask block",
+    "fsdp": "--task hpm --lr 0.01 --batch-size 8 --micro-batch 2 --alpha 0.5,1 --target ema --fsdp --checkpointing",
+    "linear": "--task linear --init init.pt --lr 0.5",
+    "knn": "--task knn --init init.pt",
+}
+SAME = dict(fsdp="hpm")  # in one process there is nothing to shard
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The run folders of every command: on one process and on two, and what the two printed."""
+    folder = tmp_path_factory.mktemp("runs")
+    before, handlers = os.getcwd(), {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    os.chdir(folder)
+    torch.manual_seed(0)
+    torch.save(vit.create("vit_micro4", 16, 0).state_dict(), "init.pt")
+    micro = "--arch vit_micro4 --img-size 16 --batch-size 4 --steps 3"
+    process = torchrun(folder, *(f"{micro} {command} --out {name}-2" for name, command in COMMANDS.items()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "photos", uneven)
+        for name, command in COMMANDS.items():
+            if name not in SAME:
+                assert train.main(f"{micro} {command} --out {name}".split()) == 0
+    out = finish(process)
+    os.chdir(before)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return folder, out
+
+
+def log(out):
+    """What was logged, without times."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+
+
+@pytest.mark.parametrize("name", COMMANDS.keys() - {"knn"})
+def test_two_processes_with_half_of_each_batch_log_what_one_logs(name, runs):
+    """Losses, gradient norms and scores: of masks that the teacher guides, blended pairs, micro-batches, shards."""
+    folder, _ = runs
+    one, two = log(folder / SAME.get(name, name)), log(folder / f"{name}-2")
+    assert len(one) == len(two) == 3
+    for a, b in zip(one, two, strict=True):
+        assert b == pytest.approx(a, rel=2e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", COMMANDS.keys() - {"knn"})
+def test_checkpoints_of_two_processes_are_those_of_one(name, runs):
+    """The same names, shapes and values: of the teacher, of the optimizer, and of what was sharded."""
+    folder, _ = runs
+    one, two = (torch.load(folder / out / "last.pt", weights_only=True) for out in (SAME.get(name, name), f"{name}-2"))
+    moved = 0.0
+    for part in (lambda c: c["model"], *(lambda c, i=i: c["optimizer"]["state"][i] for i in one["optimizer"]["state"])):
+        assert part(one).keys() == part(two).keys()
+        for key, value in part(one).items():
+            torch.testing.assert_close(part(two)[key], value, rtol=0, atol=1e-4, msg=f"{name}: {key}")
+            moved += value.abs().sum().item()
+    assert moved > 0
+    assert one["optimizer"]["state"].keys() == two["optimizer"]["state"].keys()
+
+
+def test_nearest_neighbours_are_those_of_one_process(runs):
+    """Features come together in the order of the images."""
+    folder, _ = runs
+    one, two = (json.loads((folder / out / "result.json").read_text()) for out in ("knn", "knn-2"))
+    assert one["top1"] == two["top1"]
+
+
+def test_the_first_process_speaks_and_writes_for_all(runs):
+    """One description and one result of each command; the folder holds what that of one process holds."""
+    folder, out = runs
+    assert out.count("reached") == out.count("parameters, on photos") == len(COMMANDS)
+    assert out.count("on 2 processes") == len(COMMANDS)
+    for name in COMMANDS:
+        files = [{path.name for path in (folder / o).iterdir()} for o in (SAME.get(name, name), f"{name}-2")]
+        assert files[0] == files[1]
+
+
+def test_a_run_may_go_on_with_another_number_of_processes(runs, monkeypatch):
+    """What two processes saved in shards, one goes on with."""
+    folder, _ = runs
+    monkeypatch.setattr(data, "photos", uneven)
+    monkeypatch.chdir(folder)
+    config = json.loads(Path("fsdp-2/config.json").read_text())
+    Path("fsdp-2/config.json").write_text(json.dumps(config | {"fsdp": False, "steps": 4}))
+    assert train.main("--resume --out fsdp-2".split()) == 0
+    assert [line["step"] for line in log(folder / "fsdp-2")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("n", "length"), [(2, 5), (2, 6), (3, 7), (3, 2)])
+def test_each_image_is_evaluated_by_one_process(n, length, monkeypatch):
+    """Sizes that do not divide: the shares differ by one image at most."""
+    monkeypatch.setattr(processes, "COUNT", n)
+    shares = []
+    for rank in range(n):
+        monkeypatch.setattr(processes, "RANK", rank)
+        shares.append(list(range(length)[processes.every()]))
+    assert sorted(sum(shares, [])) == list(range(length))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_processes_draw_other_dropout_and_the_same_the_next_time(small, monkeypatch):  # noqa: F811
+    """Else two halves of a batch would be thinned alike."""
+    seeds = []
+    for rank in (0, 1, 1):
+        monkeypatch.setattr(processes, "RANK", rank)
+        one_step("--dropout 0.5")
+        seeds.append(torch.initial_seed())
+    assert seeds[0] != seeds[1] == seeds[2]
+
+
+BAD = {
+    "--batch-size 9": "--batch-size 9 2 processes multiple of 2",
+    "--batch-size 6 --mixup 0.8": "--batch-size 6 even multiple of 4",
+    "--batch-size 8 --micro-batch 8": "--micro-batch 8 --batch-size 8 2 processes divisor",
+}
+
+
+@pytest.mark.parametrize("command", BAD)
+def test_a_batch_that_processes_cannot_share_is_refused(command, small, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(processes, "COUNT", 2)
+    assert train.main(f"--arch vit_micro4 --img-size 16 {command} --out run".split()) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert all(word in err for word in BAD[command].split()), err
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("task", ["supervised", "hpm"])
+def test_blocks_that_are_computed_twice_have_the_same_gradients(task, small, monkeypatch):  # noqa: F811
+    """--checkpointing; dropout draws the same numbers both times. Each block runs once more."""
+    calls, original = [], vit.Attention.forward
+    monkeypatch.setattr(vit.Attention, "forward", lambda *args: calls.append(1) or original(*args))
+    command = f"--task {task} --dropout 0.3 --drop-path 0.2" if task == "supervised" else f"--task {task}"
+    _, plain, values = one_step(command)
+    once = len(calls)
+    _, twice, again = one_step(f"{command} --checkpointing")
+    student = 6 if task == "supervised" else 6 + 2 + 2  # the teacher's blocks have no gradient to be computed for
+    assert len(calls) - once == once + student
+    for name in plain:
+        torch.testing.assert_close(twice[name], plain[name], rtol=0, atol=1e-6, msg=name)
+    assert again["grad_norm"].item() == pytest.approx(values["grad_norm"].item(), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_others_within_a_minute(tmp_path):
+    """With a message and an exit code, never a hang. Its checkpoint stays."""
+    process = torchrun(tmp_path, f"{MICRO} --steps 2000 --seed 13 --out run")
+    start = time.monotonic()
+    out, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "error: another process is gone" in err, err
+    assert "exitcode  : 9" in err
+    assert time.monotonic() - start < 90, "a minute, and the time to start"
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # nobody is left
