@@ -150,8 +150,9 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole_and_says_so(  # noqa: 
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
 
     try:
-        watch(monkeypatch, fill)
-        code = run("--arch vit_micro4 --img-size 16 --batch-size 4 --steps 12 --out run")
+        with monkeypatch.context() as patch:
+            watch(patch, fill)
+            code = run("--arch vit_micro4 --img-size 16 --batch-size 4 --steps 12 --out run")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
@@ -246,7 +247,7 @@ sys.exit(os.waitpid(start(arguments), 0)[1])
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["supervised --dropout 0.1", "hpm"])
 def test_a_run_that_is_killed_20_times_ends_with_the_weights_of_one_that_is_not(task):
-    """kill -9 at random moments, most of them while it saves, which it does after each step. Bit for bit, on the CPU."""
+    """kill -9 at random moments, many of them while it saves: it does so after each step. Bit for bit, on the CPU."""
     Path("killer.py").write_text(KILLER)
     command = f"{MICRO} --steps 30 --task {task}"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
