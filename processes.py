@@ -30,7 +30,7 @@ PATIENCE = datetime.timedelta(minutes=10)
 
 def start(device):
     """Meet the others: NCCL between GPUs, gloo between CPUs."""
-    if COUNT == 1:
+    if COUNT == 1 or dist.is_initialized():
         return
     if device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)

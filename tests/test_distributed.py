@@ -37,7 +37,7 @@ def die(model, optimizer, images, targets, config, now):
 for command in sys.argv[1:]:
     train.train_step = die if "--seed 13" in command else step
     codes.append(train.main(command.split()))
-    processes.end()
+processes.end()
 sys.exit(max(codes))
 """
 
