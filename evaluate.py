@@ -58,10 +58,11 @@ def evaluate_pretraining(model, split, config):
     Image i of the split is row i % COUNT of those that the processes hold at a time: all draw masks for these together.
     """
     noise = data.generator(config.seed, data.MASK, config.steps, device=config.device)
-    total = torch.zeros(3, device=config.device)  # images, rec, correlation
+    total, left = torch.zeros(3, device=config.device), len(split)  # images, rec, correlation
     for images, _ in test_batches(model, split, config):
         with autocast(config):
-            together = processes.COUNT * len(images)
+            together = min(processes.COUNT * config.micro_batch, left)
+            left -= together
             out = model(images, 0.0, noise, together, slice(processes.RANK, together, processes.COUNT))
         total += len(images) * torch.stack(
             [torch.ones_like(out["rec"]), out["rec"], out.get("correlation", out["rec"])]
