@@ -122,8 +122,8 @@ def test_checkpoints_of_two_processes_are_those_of_one(name, runs):
     assert one["model"].keys() == two["model"].keys()
     for key, value in one["model"].items():
         assert two["model"][key].shape == value.shape
-        if not key.endswith("qkv.bias"):  # keys' biases have a gradient of 0, of which Adam makes steps of roundings
-            assert (two["model"][key] - value).abs().mean() < 1e-4, key
+        if not key.endswith("qkv.bias"):  # the gradient of keys' biases is 0: Adam makes steps of roundings
+            assert (two["model"][key] - value).float().abs().mean() < 1e-3, key  # a step is 1e-2
     states = [c["optimizer"]["state"] for c in (one, two)]
     assert states[0].keys() == states[1].keys()
     for i in states[0]:
