@@ -257,7 +257,7 @@ class Autoencoder(nn.Module):
     def __init__(self, encoder, outputs, dim, depth, num_heads, loss_predictor=True):
         super().__init__()
         self.encoder = encoder
-        self.decoder_embed = nn.Linear(encoder.pos_embed.shape[-1], dim)
+        self.decoder_embed = nn.Linear(encoder.dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         positions = vit.sincos_pos_embed(dim, encoder.grid, encoder.prefix)
         self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
@@ -441,8 +441,9 @@ def create(arch, img_size=224, in_chans=3, target="pixels", predictor="relative"
     frozen = options.get("frozen")
     if target in ("dino", "clip") and frozen is None:
         raise ValueError(f"the target {target} needs a frozen model: give its weights")
+    vit.check_plain(arch)
     encoder = vit.create(arch, img_size, 0, in_chans, pos_embed="sincos")
-    P, D = encoder.patch_size, encoder.pos_embed.shape[-1]
+    P, D = encoder.patch_size, encoder.dim
     outputs = {"pixels": P * P * in_chans, "norm-pixels": P * P * in_chans, "ema": D}
     outputs["hog"] = hog(torch.zeros(1, in_chans, P, P), P).shape[-1]
     if target in ("dino", "clip"):

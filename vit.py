@@ -6,11 +6,11 @@
 Read this file from top to bottom: it has the paper's order.
 
     patches         an image becomes a sequence                      eq. 1
-    positions       what tells the tokens where they are             eq. 1, section 3.2
+    positions       what tells the tokens where they are             eq. 1, section 3.2, D.4
     attention       every token looks at every other                 eq. 5-8
     encoder block   attention and MLP, each beside a residual        eq. 2, 3
     ViT             the whole model, and its heads                   eq. 1-4
-    variants        Ti, S, B, L, H as in table 1
+    variants        Ti, S, B, L, H as in table 1, and the hybrids
     looking inside  attention distance, rollout, similar positions   figures 6, 7
     weights         loading them, whatever the image size; weights.py reads the files
 
@@ -29,6 +29,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import resnet
 import weights
 
 # ---------------------------------------------------------------------------------------------
@@ -88,11 +89,27 @@ class PatchEmbed(nn.Module):
     checkpoints, and that is what it computes. Written as a matrix product it also takes a part
     of the patches, which is what a masked autoencoder needs, and small patches cost less
     (28 px, P = 4, 2 cores: 1.1 ms for 256 images, the convolution 5.7 ms).
+
+    In a hybrid, `backbone` is a ResNet with these stages, and patches are cut out of its features. P stays the
+    number of image pixels that a patch stands for: with stride 16 and P = 16 it is one pixel of the features.
     """
 
-    def __init__(self, patch_size, in_chans, dim):
+    def __init__(self, patch_size, in_chans, dim, backbone=None):
         super().__init__()
+        self.backbone = nn.Identity()
+        if backbone is not None:
+            self.backbone = resnet.Backbone(in_chans, backbone)
+            if patch_size % self.backbone.stride:
+                raise ValueError(
+                    f"patches of {patch_size} pixels do not fit features of stride {self.backbone.stride}; "
+                    f"use a multiple of {self.backbone.stride}"
+                )
+            patch_size, in_chans = patch_size // self.backbone.stride, self.backbone.channels
         self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
+
+    def cut(self, images):
+        """images (B, C, H, W) -> patches (B, N, P*P*C), of the images or of their features."""
+        return patchify(self.backbone(images), self.proj.kernel_size[0])
 
     def forward(self, patches):
         E = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, C, P, P) -> (D, P*P*C)
@@ -179,10 +196,14 @@ class Attention(nn.Module):
 
     `inside`: a dict to fill with q, k, v (B, k, T, D_h), A (B, k, T, T) and each head's SA.
     The fused kernel computes the same without ever storing A, so asking for A takes the plain path.
+
+    tokens: T, for relative attention (ViT, appendix D.4): every offset i - j in the sequence, 2T - 1 of them, has
+    a learned embedding r, and query i meets key j as q_i · (k_j + r_{i-j}). All heads of a block share r. The
+    class token is the start of the sequence.
     Raises ValueError if the number of heads does not divide the width.
     """
 
-    def __init__(self, dim, num_heads, dropout=0.0, fused=True):
+    def __init__(self, dim, num_heads, dropout=0.0, fused=True, tokens=None):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"width {dim} does not split into {num_heads} heads; use a divisor of {dim}")
@@ -191,15 +212,25 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)
+        self.relative_pos_embed = None
+        if tokens:
+            self.relative_pos_embed = nn.Parameter(torch.zeros(2 * tokens - 1, dim // num_heads))
+            places = torch.arange(tokens)
+            self.register_buffer("offset", places[:, None] - places + tokens - 1, persistent=False)  # (T, T)
 
     def forward(self, z, inside=None):
         B, T, D = z.shape
         qkv = self.qkv(z).reshape(B, T, 3, self.num_heads, -1)  # eq. 5: [q, k, v] = z U_qkv
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, k, T, D_h)
+        bias = None
+        if self.relative_pos_embed is not None:
+            r = self.relative_pos_embed[self.offset]  # (T, T, D_h)
+            bias = torch.einsum("bhid,ijd->bhij", q, r.to(q)) / math.sqrt(q.shape[-1])  # (B, k, T, T)
         if self.fused and inside is None:
-            sa = F.scaled_dot_product_attention(q, k, v)
+            sa = F.scaled_dot_product_attention(q, k, v, bias)
         else:
-            A = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)  # eq. 6, (B, k, T, T)
+            logits = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+            A = (logits if bias is None else logits + bias).softmax(dim=-1)  # eq. 6, (B, k, T, T)
             sa = A @ v  # eq. 7: SA(z) = A v, (B, k, T, D_h)
             if inside is not None:
                 inside.update(q=q, k=k, v=v, A=A, sa=sa)
@@ -251,10 +282,12 @@ class Block(nn.Module):
     LayerNorm comes before each branch (pre-norm); the residual path itself is never normalised.
     """
 
-    def __init__(self, dim, num_heads, mlp_ratio=4, dropout=0.0, drop_path=0.0, gelu="none", fused=True, eps=1e-6):
+    def __init__(
+        self, dim, num_heads, mlp_ratio=4, dropout=0.0, drop_path=0.0, gelu="none", fused=True, eps=1e-6, tokens=None
+    ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps)
-        self.attn = Attention(dim, num_heads, dropout, fused)
+        self.attn = Attention(dim, num_heads, dropout, fused, tokens)
         self.norm2 = nn.LayerNorm(dim, eps)
         self.mlp = MLP(dim, int(dim * mlp_ratio), dropout, gelu)
         self.drop_path = DropPath(drop_path)
@@ -272,16 +305,22 @@ class Block(nn.Module):
 # ---------------------------------------------------------------------------------------------
 
 
+POS_EMBEDS = "none 1d 2d relative sincos"
+
+
 class ViT(nn.Module):
     """The Vision Transformer: images (B, C, H, W) -> logits (B, classes).
 
     img_size     pixels, one number or (H, W); the patch size must divide both
+    backbone     a hybrid's ResNet: the number of bottlenecks in each of its stages, see `resnet.Backbone`
     num_classes  0 leaves the head out: the output is then the image representation y (B, D)
     pool         "cls": y = LN(z_L⁰), eq. 4; "mean": LayerNorm of the mean over patch tokens (MAE's
                  fine-tuning head; the paper's appendix D.3 compares the two)
     head         "linear": one layer that starts at zero (the paper's fine-tuning head);
                  "mlp": one tanh hidden layer before it (its pre-training head)
-    pos_embed    "learned", as in the paper, or "sincos", fixed, as in MAE and HPM
+    pos_embed    "1d": learned, one for each place in the sequence, as in the paper; "sincos": fixed, as in MAE
+                 and HPM; and the variants of appendix D.4: "none"; "2d": learned, D/2 channels for the column and
+                 D/2 for the row; "relative": in every attention, see there, and nothing is added to z_0
     class_token  False leaves it out; only with pool="mean"
     dropout      after every dense layer but qkv, and after adding positions (appendix B.1)
     drop_path    stochastic depth, rising linearly from 0 at the first block to this at the last
@@ -295,32 +334,42 @@ class ViT(nn.Module):
 
     def __init__(
         self, img_size=224, patch_size=16, in_chans=3, num_classes=1000, dim=768, depth=12, num_heads=12,
-        mlp_ratio=4, pool="cls", head="linear", pos_embed="learned", class_token=True,
-        dropout=0.0, drop_path=0.0, gelu="none", pre_norm=False, eps=1e-6, fused=True,
+        mlp_ratio=4, pool="cls", head="linear", pos_embed="1d", class_token=True,
+        dropout=0.0, drop_path=0.0, gelu="none", pre_norm=False, eps=1e-6, fused=True, backbone=None,
     ):  # fmt: skip
         super().__init__()
-        names = dict(pool=(pool, "cls mean"), head=(head, "linear mlp"), pos_embed=(pos_embed, "learned sincos"))
+        names = dict(pool=(pool, "cls mean"), head=(head, "linear mlp"), pos_embed=(pos_embed, POS_EMBEDS))
         for option, (given, allowed) in names.items():
             if given not in allowed.split():
-                raise ValueError(f"unknown {option} {given!r}; there are {' and '.join(allowed.split())}")
+                raise ValueError(f"unknown {option} {given!r}; there are {', '.join(allowed.split())}")
         if not class_token and pool == "cls":
             raise ValueError('pool="cls" needs the class token; use pool="mean" or class_token=True')
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         self.patch_size = patch_size
         self.grid = patch_grid(*self.img_size, patch_size)  # (rows, columns)
         self.prefix = int(class_token)  # tokens before the patches
-        self.pool = pool
+        self.pool, self.dim = pool, dim
 
-        self.patch_embed = PatchEmbed(patch_size, in_chans, dim)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, dim, backbone)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
+        tokens, (rows, columns) = self.prefix + math.prod(self.grid), self.grid
+        self.pos_embed = None
         if pos_embed == "sincos":
             self.pos_embed = nn.Parameter(sincos_pos_embed(dim, self.grid, self.prefix), requires_grad=False)
-        else:
-            self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix + math.prod(self.grid), dim))
+        elif pos_embed == "1d":
+            self.pos_embed = nn.Parameter(torch.zeros(1, tokens, dim))
+        elif pos_embed == "2d":
+            if dim % 2:
+                raise ValueError(f"2-D positions need a width that splits in two halves, not {dim}")
+            self.column_pos_embed = nn.Parameter(torch.zeros(1, columns, dim // 2))
+            self.row_pos_embed = nn.Parameter(torch.zeros(1, rows, dim // 2))
         self.dropout = nn.Dropout(dropout)
         self.norm_pre = nn.LayerNorm(dim, eps) if pre_norm else nn.Identity()
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, dropout, rate, gelu, fused, eps) for rate in rates)
+        relative = tokens if pos_embed == "relative" else None
+        self.blocks = nn.ModuleList(
+            Block(dim, num_heads, mlp_ratio, dropout, rate, gelu, fused, eps, relative) for rate in rates
+        )
         self.norm = nn.LayerNorm(dim, eps) if pool == "cls" else nn.Identity()
         self.fc_norm = nn.LayerNorm(dim, eps) if pool == "mean" else nn.Identity()
         self.pre_logits = nn.Sequential()  # stays empty (the identity) for the linear head
@@ -329,6 +378,15 @@ class ViT(nn.Module):
             self.pre_logits.add_module("tanh", nn.Tanh())
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
         init_weights(self)
+
+    def positions(self):
+        """E_pos (1, prefix + N, D), or None where nothing is added to the tokens."""
+        if not hasattr(self, "row_pos_embed"):
+            return self.pos_embed
+        rows, columns = self.grid
+        column = self.column_pos_embed[:, None].expand(-1, rows, -1, -1)  # (1, rows, columns, D/2)
+        row = self.row_pos_embed[:, :, None].expand(-1, -1, columns, -1)
+        return F.pad(torch.cat([column, row], dim=-1).flatten(1, 2), (0, 0, self.prefix, 0))
 
     def embed(self, images, visible=None):
         """ViT eq. 1: z_0 = [x_class; x_p¹E; …; x_p^N E] + E_pos, (B, C, H, W) -> (B, T, D).
@@ -342,20 +400,28 @@ class ViT(nn.Module):
                 f"images are {given} pixels, the model was built for {built}; resize the images, "
                 f"or create the model with img_size={tuple(images.shape[-2:])}"
             )
-        patches = patchify(images, self.patch_size)  # (B, N, P*P*C)
-        positions = self.pos_embed[:, self.prefix :]  # (1, N, D)
+        patches = self.patch_embed.cut(images)  # (B, N, P*P*C)
         if visible is not None:
             patches = gather(patches, visible)  # (B, n, P*P*C)
-            positions = gather(positions.expand(len(images), -1, -1), visible)  # (B, n, D)
-        z = self.patch_embed(patches) + positions
-        if self.cls_token is not None:
-            x_class = self.cls_token + self.pos_embed[:, :1]  # (1, 1, D)
+        return self.add_positions(self.patch_embed(patches), visible)
+
+    def add_positions(self, z, visible=None):
+        """The rest of eq. 1: the class token before the embedded patches (B, n, D), E_pos upon all -> (B, T, D)."""
+        positions, x_class = self.positions(), self.cls_token
+        if positions is not None:
+            patches = positions[:, self.prefix :]  # (1, N, D)
+            z = z + (patches if visible is None else gather(patches.expand(len(z), -1, -1), visible))
+            x_class = x_class if x_class is None else x_class + positions[:, :1]  # (1, 1, D)
+        if x_class is not None:
             z = torch.cat([x_class.expand(len(z), -1, -1).to(z.dtype), z], dim=1)
         return self.norm_pre(self.dropout(z))
 
     def encode(self, images, visible=None, inside=None):
         """All tokens after the last block: z_L (B, T, D), through LN when pool="cls"."""
-        z = self.embed(images, visible)
+        return self.layers(self.embed(images, visible), inside)
+
+    def layers(self, z, inside=None):
+        """From z_0 to z_L: (B, T, D) -> (B, T, D)."""
         if inside is not None:
             inside.update(z0=z, blocks=[{} for _ in self.blocks])
         for i, block in enumerate(self.blocks):
@@ -416,19 +482,37 @@ ARCHS = {
     for size, (dim, depth, heads) in SIZES.items()
     for patch in (8, 14, 16, 32)
 }
+# The hybrids: R50 as in the paper, with its fourth stage or, for patches of 16, with its blocks in the third;
+# R26 and the stem alone as in the authors' code (theirs is called R+ViT-Ti/16, with patches of 32 pixels nonetheless).
+for size, (dim, depth, heads) in SIZES.items():
+    for name, patch, stages in (("r50", 16, (3, 4, 9)), ("r50", 32, (3, 4, 6, 3)), ("r26", 32, (2, 2, 2, 2))):
+        ARCHS[f"{name}_vit_{size}{patch}"] = dict(
+            patch_size=patch, dim=dim, depth=depth, num_heads=heads, backbone=stages
+        )
+ARCHS["r_vit_ti16"] = ARCHS["vit_ti32"] | dict(backbone=())
 # Ours, for images of 28 to 32 pixels: the narrow and deep one, with fixed positions, learned the most per minute.
 ARCHS["vit_micro4"] = dict(patch_size=4, dim=64, depth=6, num_heads=4, mlp_ratio=2, pos_embed="sincos")
 
 
 def create(arch, img_size=224, num_classes=1000, in_chans=3, **options):
-    """Build a model by its name: `vit_b16` is ViT-B/16. All names are in `ARCHS`.
+    """Build a model by its name: `vit_b16` is ViT-B/16, `r50_vit_b16` the hybrid, `resnet50` the baseline.
 
-    options: any argument of `ViT`; it wins over the variant's own. Raises ValueError for an unknown name.
+    All names are in `ARCHS` and `resnet.ARCHS`. options: any argument of `ViT`, which wins over the variant's own,
+    or of `resnet.ResNet`, which takes images of any size. Raises ValueError for an unknown name.
     """
+    if arch in resnet.ARCHS:
+        return resnet.ResNet(in_chans, num_classes, **(resnet.ARCHS[arch] | options))
     if arch not in ARCHS:
-        near = difflib.get_close_matches(arch, ARCHS, n=1, cutoff=0)[0]
-        raise ValueError(f"unknown arch {arch!r}; did you mean {near}? There are {', '.join(ARCHS)}")
+        names = [*ARCHS, *resnet.ARCHS]
+        near = difflib.get_close_matches(arch, names, n=1, cutoff=0)[0]
+        raise ValueError(f"unknown arch {arch!r}; did you mean {near}? There are {', '.join(names)}")
     return ViT(img_size=img_size, num_classes=num_classes, in_chans=in_chans, **(ARCHS[arch] | options))
+
+
+def check_plain(arch):
+    """Raise ValueError for an arch that hides nothing from itself: convolutions would look into hidden patches."""
+    if arch in resnet.ARCHS or "backbone" in ARCHS.get(arch, {}):
+        raise ValueError(f"{arch} starts with convolutions, which would look into the hidden patches; use a vit_ arch")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -505,7 +589,7 @@ def save_weights(model, path, layout="timm"):
 def load_state(model, state, source):
     """`load_weights` from tensors by name, as `weights.read` gives them; `source` is what messages call them.
 
-    The model is a ViT, or has one as its `encoder` and decoders beside it (`hpm.Autoencoder`).
+    The model is a ViT or a ResNet, or has a ViT as its `encoder` and decoders beside it (`hpm.Autoencoder`).
     """
     encoder = getattr(model, "encoder", model)
     own = {name.removeprefix("encoder."): value for name, value in model.state_dict(keep_vars=True).items()}
@@ -513,9 +597,13 @@ def load_state(model, state, source):
     for name in own.keys() & state.keys():
         if getattr(state[name], "ndim", None) != own[name].ndim:
             raise ValueError(f"{source} does not fit: its {name} is not a tensor with {own[name].ndim} dimensions")
-    for stack in ("blocks.", "decoder.blocks.", "loss_predictor.blocks."):
+    if not own.keys() & state.keys():
+        raise ValueError(f"{source} does not fit: it has nothing of this model, which starts with {next(iter(own))}")
+    stages = [f"{part}stages.{i}.blocks." for part in ("", "patch_embed.backbone.") for i in range(4)]
+    for stack in ("blocks.", "decoder.blocks.", "loss_predictor.blocks.", *stages):
         here, there = (len({n[len(stack) :].split(".")[0] for n in s if n.startswith(stack)}) for s in (own, state))
-        if here and here != there and (there or stack == "blocks."):  # a file may lack decoders, not the encoder
+        optional = stack.startswith(("decoder", "loss_predictor"))  # a file may lack these
+        if here and here != there and (there or not optional):
             part = stack.removesuffix("blocks.").replace(".", " ")
             raise ValueError(f"{source} does not fit: its {part}depth is {there} blocks, this model's {here}")
 
@@ -524,6 +612,11 @@ def load_state(model, state, source):
         if name in own and name in state:
             fitted[name], note = fit_positions(own[name], encoder.grid, state[name], int("cls_token" in state), source)
             notes += [note] if note and note not in notes else []
+    for name in ("row_pos_embed", "column_pos_embed"):
+        if name in own and name in state and own[name].shape[1] != state[name].shape[1]:
+            old, new = state[name].shape[1], own[name].shape[1]
+            fitted[name] = (interpolation_matrix(old, new) @ state[name].double().cpu()).to(own[name])
+            notes.append(f"{name} interpolated from {old} to {new}")
     for layer, what in (("head", "classes"), ("decoder.pred", "values a patch")):
         sizes = [len(s[f"{layer}.weight"]) for s in (own, state) if f"{layer}.weight" in s]
         if len(set(sizes)) == 2:

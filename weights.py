@@ -175,7 +175,10 @@ OURS = ((r"^encoder\.", ""),)  # hpm.Autoencoder
 TIMM = (  # and MAE's and HPM's official code: timm's names for the encoder, these for the decoders
     (r"^decoder_(blocks|norm|pred)_losspred\.", r"loss_predictor.\1."),
     (r"^decoder_(blocks|norm|pred)\.", r"decoder.\1."),
+    (r"^patch_embed\.backbone\.(conv|norm)\.", r"patch_embed.backbone.stem.\1."),  # a hybrid with the stem alone
 )
+
+TIMM_RESNET = ((r"^head\.fc\.", "head."),)
 
 HUGGING_FACE = (  # transformers' names in files, and inside version 5: layers.0.attention.q_proj
     (r"^vit\.", ""),
@@ -211,14 +214,34 @@ GOOGLE = (  # Flax: the numbers count a block's parts, whose dropout and residua
     (r"^embedding/", "patch_embed.proj."),
     (r"^pre_logits/", "pre_logits.fc."),
     (r"^head/", "head."),
+    # The hybrids: what becomes of block1/unit1, counted from 1, is stages.0.blocks.0.
+    (r"^(conv|gn)_root/", r"patch_embed.backbone.stem.\1."),
+    (r"^block(\d+)/unit(\d+)/", lambda m: f"patch_embed.backbone.stages.{int(m[1]) - 1}.blocks.{int(m[2]) - 1}."),
+    (r"\.(conv|gn)_proj/", r".downsample.\1."),
+    (r"\.(conv|gn)(\d)/", r".\1\2."),
+    (r"\.gn(\d?)\.", r".norm\1."),
     (r"\.(kernel|scale)$", ".weight"),
+)
+
+BIT = (  # its .npz files: a, b and c are the three convolutions of a unit
+    (r"^root_block/standardized_conv2d/", "stem.conv."),
+    (r"^block(\d+)/unit(\d+)/", lambda m: f"stages.{int(m[1]) - 1}.blocks.{int(m[2]) - 1}."),
+    (r"\.a/proj/standardized_conv2d/", ".downsample.conv."),
+    (r"\.([abc])/standardized_conv2d/", lambda m: f".conv{'abc'.index(m[1]) + 1}."),
+    (r"\.([abc])/group_norm/", lambda m: f".norm{'abc'.index(m[1]) + 1}."),
+    (r"^group_norm/", "norm."),
+    (r"^head/conv2d/", "head."),
+    (r"\.(kernel|gamma)$", ".weight"),
+    (r"\.beta$", ".bias"),
 )
 
 # Values in another arrangement: (pattern in their name, what to do); the first that is found counts.
 # The official HPM averages P*P*C outputs to one predicted loss. The mean of linear maps is the linear map of the means.
 AVERAGED = ((r"^decoder_pred_losspred\.", lambda w: w.double().mean(0, keepdim=True).to(w.dtype)),)
+CONVOLUTION_AS_LINEAR = ((r"^head\.fc\.weight$", lambda w: w.flatten(1)),)  # (classes, D, 1, 1)
 FLAX = (  # a kernel's inputs come first, and heads have an axis of their own: (D, k, D_h), at the end (k, D_h, D)
-    (r"^embedding/kernel$", lambda w: w.permute(3, 2, 0, 1)),  # (P, P, C, D) -> (D, C, P, P)
+    (r"(^embedding|conv\w*)/kernel$", lambda w: w.permute(3, 2, 0, 1)),  # (P, P, C, D) -> (D, C, P, P)
+    (r"gn\w*/(scale|bias)$", lambda w: w.flatten()),  # in older files (1, 1, 1, C)
     (r"/out/kernel$", lambda w: w.flatten(0, 1).T),
     (r"/kernel$", lambda w: w.flatten(1).T),
     (r"/(query|key|value)/bias$", lambda w: w.flatten()),
@@ -226,18 +249,26 @@ FLAX = (  # a kernel's inputs come first, and heads have an axis of their own: (
 
 # Names that tell a layout, after any prefix; its names; its values. The first that is found counts. A model of another
 # kind is one more row here, with a table of its own, and a line in KNOWN.
+BIT_VALUES = (
+    (r"^head/conv2d/kernel$", lambda w: w.flatten(0, 2).T),  # (1, 1, D, classes)
+    (r"/kernel$", lambda w: w.permute(3, 2, 0, 1)),
+)
+
 LAYOUTS = (
     (("encoder.patch_embed.proj.weight", "decoder_embed.weight"), OURS, ()),
     (("patch_embed.proj.weight",), TIMM, AVERAGED),
     (("vit.embeddings.patch_embeddings.projection.weight",), HUGGING_FACE, ()),
     (("embeddings.patch_embeddings.projection.weight",), HUGGING_FACE, ()),
     (("embedding/kernel", "Transformer/encoder_norm/scale"), GOOGLE, FLAX),
+    (("stem.conv.weight", "stages.0.blocks.0.conv1.weight"), TIMM_RESNET, CONVOLUTION_AS_LINEAR),
+    (("root_block/standardized_conv2d/kernel", "group_norm/gamma"), BIT, BIT_VALUES),
 )
 
 # Every name that is handed out, and q, k and v before they are joined.
-BLOCK = r"blocks\.\d+\.(norm[12]|attn\.(q|k|v|qkv|proj)|mlp\.fc[12])\.(weight|bias)"
+BLOCK = r"blocks\.\d+\.((norm[12]|attn\.(q|k|v|qkv|proj)|mlp\.fc[12])\.(weight|bias)|attn\.relative_pos_embed)"
+RESNET = r"(stem\.(conv|norm)|stages\.\d+\.blocks\.\d+\.((conv|norm)[123]|downsample\.(conv|norm)))\.(weight|bias)"
 KNOWN = (
-    rf"cls_token|pos_embed|{BLOCK}|(patch_embed\.proj|norm_pre|norm|fc_norm|pre_logits\.fc|head)\.(weight|bias)",
+    rf"cls_token|(row_|column_)?pos_embed|{BLOCK}|(patch_embed\.backbone\.)?{RESNET}|(patch_embed\.proj|norm_pre|norm|fc_norm|pre_logits\.fc|head)\.(weight|bias)",
     rf"mask_token|decoder_pos_embed|decoder_embed\.(weight|bias)|decoder\.{BLOCK}|decoder\.(norm|pred)\.(weight|bias)",
     rf"loss_predictor\.{BLOCK}|loss_predictor\.(norm|pred)\.(weight|bias)",
 )
@@ -272,13 +303,14 @@ def read(source, which="student"):
 
     Encoder: patch_embed.proj, cls_token, pos_embed, blocks.N.…, norm, fc_norm, pre_logits.fc, head. Of an autoencoder
     also decoder_embed, mask_token, decoder_pos_embed, decoder.…, loss_predictor.… as in `hpm.Autoencoder`.
+    A hybrid's ResNet is patch_embed.backbone.{stem, stages}, as in timm; BiT's has stem, stages, norm, head.
     Raises ValueError, in one line with the source, for a file that can't be read, is no ViT, or holds parts that
     a ViT does not have: without them it would be another function. No code that a file may carry is ever run.
     """
     state = tensors(source, which)
     prefix, names, values = find_layout(state, which)
     if prefix is None:
-        raise ValueError(f"{source} holds no ViT that is known here; its keys are {show(state)}")
+        raise ValueError(f"{source} holds no ViT or ResNet that is known here; its keys are {show(state)}")
     out, unknown = {}, []
     for key, value in state.items():
         if not key.startswith(prefix):

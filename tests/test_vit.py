@@ -215,7 +215,10 @@ def attention_loops(z, w, heads):
             for d in range(D_h):
                 q[h, t, d], k[h, t, d], v[h, t, d] = (qkv[t, part * D + h * D_h + d] for part in range(3))  # eq. 5
         for t in range(T):
-            scores = [sum(q[h, t, d] * k[h, s, d] for d in range(D_h)) / math.sqrt(D_h) for s in range(T)]
+            keys = list(k[h])
+            if "relative_pos_embed" in w:  # appendix D.4: content meets the embedding of the offset too
+                keys = [key + w["relative_pos_embed"][t - s + T - 1] for s, key in enumerate(keys)]
+            scores = [sum(q[h, t, d] * keys[s][d] for d in range(D_h)) / math.sqrt(D_h) for s in range(T)]
             total = sum(math.exp(score) for score in scores)
             for s in range(T):
                 A[h, t, s] = math.exp(scores[s]) / total  # eq. 6
@@ -396,10 +399,18 @@ SMALL = dict(img_size=(4, 6), patch_size=2, num_classes=5, dim=8, depth=2, num_h
 def embed_loops(image, w, visible=None):
     """z_0 for one image (C, H, W): (T, D)."""
     tokens = patch_embed_loops(image, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"])
-    prefix = 1 if "cls_token" in w else 0
-    z0 = [w["cls_token"][0, 0] + w["pos_embed"][0, 0]] if prefix else []
+    prefix, width = 1 if "cls_token" in w else 0, tokens.shape[1]
+    positions = np.zeros((prefix + len(tokens), width))
+    if "pos_embed" in w:
+        positions = w["pos_embed"][0]
+    if "row_pos_embed" in w:  # appendix D.4, 2-D: one half says the column, the other the row
+        columns = w["column_pos_embed"].shape[1]
+        for p in range(len(tokens)):
+            positions[prefix + p, : width // 2] = w["column_pos_embed"][0, p % columns]
+            positions[prefix + p, width // 2 :] = w["row_pos_embed"][0, p // columns]
+    z0 = [w["cls_token"][0, 0] + positions[0]] if prefix else []
     for p in range(len(tokens)) if visible is None else visible:
-        z0.append(tokens[p] + w["pos_embed"][0, prefix + p])
+        z0.append(tokens[p] + positions[prefix + p])
     return np.array(z0)
 
 
@@ -451,6 +462,11 @@ def test_z0_of_visible_patches_keeps_their_own_positions(class_token):
         dict(pos_embed="sincos", gelu="tanh", mlp_ratio=2, fused=False),
         dict(pre_norm=True, eps=1e-5, gelu="quick"),
         dict(pool="mean", eps=1e-3),
+        dict(pos_embed="none"),
+        dict(pos_embed="2d"),
+        dict(pos_embed="2d", pool="mean", class_token=False),
+        dict(pos_embed="relative"),
+        dict(pos_embed="relative", fused=False, pool="mean", class_token=False),
     ],
     ids=lambda options: "-".join(f"{name}={value}" for name, value in options.items()) or "paper",
 )
@@ -537,7 +553,9 @@ def test_drop_path_rises_linearly_over_depth():
 
 
 @pytest.mark.parametrize(
-    "options", [dict(), dict(head="mlp"), dict(pool="mean"), dict(pos_embed="sincos")], ids=lambda o: str(o)
+    "options",
+    [dict(), dict(head="mlp"), dict(pool="mean"), *(dict(pos_embed=e) for e in ("sincos", "none", "2d", "relative"))],
+    ids=lambda o: str(o),
 )
 def test_gradients_reach_everything_that_is_trained(options):
     """And nothing else: sine-cosine positions are fixed. The head is made non-zero, or it would let nothing through."""
@@ -551,8 +569,25 @@ def test_gradients_reach_everything_that_is_trained(options):
             assert parameter.grad is None
             continue
         parts = parameter.grad.chunk(3) if name.endswith("qkv.weight") else [parameter.grad]  # U_q, U_k, U_v
-        parts = parameter.grad[0] if name == "pos_embed" else parts  # each position
+        parts = parameter.grad.flatten(0, -2) if name.endswith("pos_embed") else parts  # each position, each offset
+        if "relative" in name and not name.startswith("blocks.0"):  # the head reads token 0, which meets half of them
+            parts = parts[: len(parts) // 2 + 1]
         assert all(part.abs().max() > 0 for part in parts), f"no gradient reaches (a part of) {name}"
+
+
+def test_two_dimensional_positions_need_an_even_width():
+    with pytest.raises(ValueError, match="halves, not 9"):
+        vit.ViT(**(SMALL | dict(dim=9, num_heads=3)), pos_embed="2d")
+
+
+def test_relative_attention_can_tell_orders_apart_and_no_positions_can_not():
+    """Without positions the mean of the patch tokens is the same in any order; with offsets it is not (D.4)."""
+    images = random(1, 3, 4, 6)
+    patches = vit.patchify(images, 2)
+    shuffled = vit.unpatchify(patches[:, [3, 1, 4, 0, 5, 2]], 2, (2, 3))
+    for pos_embed, told in (("none", False), ("relative", True), ("2d", True)):
+        model = filled(vit.ViT(**SMALL, pos_embed=pos_embed, pool="mean"))
+        assert (not torch.allclose(model(images), model(shuffled), atol=1e-8)) == told
 
 
 @pytest.mark.parametrize(("height", "width"), [(6, 4), (8, 12), (4, 4)])
@@ -650,10 +685,14 @@ def test_b_l_and_h_have_the_papers_parameter_counts(arch, paper):
 
 def test_every_arch_has_a_name():
     sized = {f"vit_{size}{patch}" for size in TABLE_1 for patch in (8, 14, 16, 32)}
-    assert set(vit.ARCHS) == sized | {"vit_micro4"}
+    hybrids = {f"{name}_{size}{patch}" for size in TABLE_1 for name, patch in HYBRIDS}
+    assert set(vit.ARCHS) == sized | hybrids | {"r_vit_ti16", "vit_micro4"}
 
 
-@pytest.mark.parametrize("arch", [arch for arch in vit.ARCHS if arch != "vit_micro4"])
+HYBRIDS = ("r50_vit", 16), ("r50_vit", 32), ("r26_vit", 32)
+
+
+@pytest.mark.parametrize("arch", [arch for arch in vit.ARCHS if arch.startswith("vit_") and arch != "vit_micro4"])
 def test_every_arch_is_the_width_depth_and_heads_of_its_size(arch):
     size, patch = re.fullmatch(r"vit_([a-z]+)(\d+)", arch).groups()
     model = meta(arch)
@@ -787,6 +826,25 @@ def test_our_own_state_dict_loads_into_another_model(tmp_path):
     first, second, images = filled(vit.ViT(**options)), vit.ViT(**options).double(), random(2, 3, 4, 6)
     assert vit.load_weights(second, save(first.state_dict(), tmp_path / "vit.pt")) == []
     assert torch.equal(second(images), first(images))
+
+
+def test_two_dimensional_positions_are_interpolated_along_each_axis_and_it_says_so(tmp_path):
+    """Columns and rows apart, on a line: as of a picture whose other side is constant."""
+    there, here = (vit.ViT(**(SMALL | dict(img_size=size)), pos_embed="2d") for size in ((8, 12), (6, 4)))
+    torch.save(there.state_dict(), tmp_path / "2d.pth")
+    notes = vit.load_weights(here, tmp_path / "2d.pth")
+    assert notes == ["row_pos_embed interpolated from 4 to 3", "column_pos_embed interpolated from 6 to 2"]
+    for name, old, new in (("row_pos_embed", (4, 1), (3, 1)), ("column_pos_embed", (1, 6), (1, 2))):
+        oracle = vit.resize_pos_embed(getattr(there, name).detach(), old, new, prefix=0)
+        equal(getattr(here, name), oracle.numpy(), atol=1e-6)
+
+
+def test_relative_positions_need_the_grid_that_they_were_trained_on(tmp_path):
+    torch.save(vit.ViT(**SMALL, pos_embed="relative").state_dict(), tmp_path / "relative.pth")
+    other = vit.ViT(**(SMALL | dict(img_size=(8, 12))), pos_embed="relative")
+    with pytest.raises(ValueError, match=r"relative_pos_embed has the shape \(13, 4\), this model's \(49, 4\)"):
+        vit.load_weights(other, tmp_path / "relative.pth")
+    assert vit.load_weights(vit.ViT(**SMALL, pos_embed="relative"), tmp_path / "relative.pth") == []
 
 
 def test_learned_positions_are_interpolated_to_the_models_grid_and_it_says_so(tmp_path):

@@ -815,12 +815,12 @@ def test_google_npz_of_vit_b16_gives_equal_logits(tmp_path, img_size):
 @pytest.mark.parametrize(
     ("extra", "match"),
     [
-        ({"conv_root/kernel": np.zeros((7, 7, 3, 8))}, "conv_root/kernel"),
+        ({"MAPHead_0/probe": np.zeros((1, 1, D))}, "MAPHead_0/probe"),
         ({"Transformer/encoderblock_0/MultiHeadDotProductAttention_1/key/bias": None}, "q, k and v"),
         ({"embedding/kernel": np.zeros((3, 3))}, "embedding/kernel"),
         ({"cls": np.array(["a"])}, "."),
     ],
-    ids=["hybrid", "no key bias", "an axis less", "text"],
+    ids=["attention pooling", "no key bias", "an axis less", "text"],
 )
 def test_a_google_file_that_does_not_fit_is_refused(tmp_path, extra, match):
     arrays = google_file(small()) | extra

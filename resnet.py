@@ -1,0 +1,182 @@
+"""The convolutional networks beside ViT: the ResNet baseline, and the ResNet in front of the hybrid.
+
+Both come from *Big Transfer (BiT)* (Kolesnikov et al., ECCV 2020, arXiv 1912.11370): BatchNorm, which mixes the
+images of a batch, is replaced by GroupNorm and standardised convolutions, which do not. ViT, section 4.1.
+
+    convolution   its kernels have mean 0 and variance 1
+    bottleneck    1x1, 3x3, 1x1 beside a residual; normalised before each convolution, or after
+    ResNet        the baseline: R50x1 has 50 layers and the usual width, R152x4 is four times as wide
+    Backbone      the hybrid's: its features, a small image with many channels, are what ViT cuts into patches
+
+Letters in shapes: B images, C channels, H, W pixels. Parameters carry timm's names.
+"""
+
+from collections import OrderedDict
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+GROUPS = 32  # of GroupNorm, whatever the number of channels
+
+
+def borders(size, stride, same):
+    """Rows of zeros before and after an image whose sides the stride divides, for windows of `size` pixels.
+
+    same: as few as possible, and an odd one after (TensorFlow's and JAX's "SAME"); else size // 2 on either side.
+    """
+    total = max(0, size - stride) if same else size - 1
+    return total // 2, total - total // 2
+
+
+class StdConv(nn.Conv2d):
+    """Convolution with standardised weights (Qiao et al. 2019): (B, C, H, W) -> (B, C', H / stride, W / stride).
+
+    Every output channel's kernel is brought to mean 0 and variance 1 before it is used: its scale and its
+    offset then teach nothing, and GroupNorm follows anyway. 1e-8 is timm's epsilon, added to the variance;
+    BiT adds 1e-10, and the hybrid's authors 1e-5 to the deviation: as good as the same.
+    """
+
+    def __init__(self, inputs, outputs, size, stride=1, same=False):
+        super().__init__(inputs, outputs, size, stride, bias=False)
+        self.before, self.after = borders(size, stride, same)
+
+    def forward(self, x):
+        variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
+        kernel = (self.weight - mean) / (variance + 1e-8).sqrt()  # (C', C, size, size)
+        if self.before != self.after:
+            x = F.pad(x, (self.before, self.after) * 2)
+            return F.conv2d(x, kernel, stride=self.stride)
+        return F.conv2d(x, kernel, stride=self.stride, padding=self.before)
+
+
+class PreBottleneck(nn.Module):
+    """The bottleneck of ResNet-v2 (He et al. 2016): GroupNorm and ReLU before each convolution.
+
+    (B, inputs, H, W) -> (B, outputs, H / stride, W / stride). Nothing stands on the residual path, as in ViT's
+    blocks; where the shape changes, a 1x1 convolution does. The stride is that of the 3x3 convolution.
+    """
+
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        inner = outputs // 4
+        self.norm1 = nn.GroupNorm(GROUPS, inputs)
+        self.conv1 = StdConv(inputs, inner, 1)
+        self.norm2 = nn.GroupNorm(GROUPS, inner)
+        self.conv2 = StdConv(inner, inner, 3, stride)
+        self.norm3 = nn.GroupNorm(GROUPS, inner)
+        self.conv3 = StdConv(inner, outputs, 1)
+        if inputs != outputs:
+            self.downsample = nn.Sequential(OrderedDict(conv=StdConv(inputs, outputs, 1, stride)))
+
+    def forward(self, x):
+        h = F.relu(self.norm1(x))
+        residual = self.downsample(h) if hasattr(self, "downsample") else x
+        h = F.relu(self.norm2(self.conv1(h)))
+        h = F.relu(self.norm3(self.conv2(h)))
+        return self.conv3(h) + residual
+
+
+class PostBottleneck(nn.Module):
+    """The bottleneck of the hybrid: GroupNorm after each convolution, ReLU after the sum too; else as the other.
+
+    The branch starts at zero, for so does the scale of its last GroupNorm.
+    """
+
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        inner = outputs // 4
+        self.conv1 = StdConv(inputs, inner, 1)
+        self.norm1 = nn.GroupNorm(GROUPS, inner)
+        self.conv2 = StdConv(inner, inner, 3, stride, same=True)
+        self.norm2 = nn.GroupNorm(GROUPS, inner)
+        self.conv3 = StdConv(inner, outputs, 1)
+        self.norm3 = nn.GroupNorm(GROUPS, outputs)
+        nn.init.zeros_(self.norm3.weight)
+        if inputs != outputs:
+            projection = OrderedDict(
+                conv=StdConv(inputs, outputs, 1, stride, same=True), norm=nn.GroupNorm(GROUPS, outputs)
+            )
+            self.downsample = nn.Sequential(projection)
+
+    def forward(self, x):
+        residual = self.downsample(x) if hasattr(self, "downsample") else x
+        h = F.relu(self.norm1(self.conv1(x)))
+        h = F.relu(self.norm2(self.conv2(h)))
+        return F.relu(self.norm3(self.conv3(h)) + residual)
+
+
+def make_stem(in_chans, channels, same, norm):
+    """A 7x7 convolution and max pooling, each of stride 2: (B, C, H, W) -> (B, channels, H / 4, W / 4)."""
+    parts = OrderedDict(conv=StdConv(in_chans, channels, 7, 2, same))
+    if norm:
+        parts |= dict(norm=nn.GroupNorm(GROUPS, channels), act=nn.ReLU())
+    parts |= dict(pad=nn.ZeroPad2d(borders(3, 2, same) * 2), pool=nn.MaxPool2d(3, 2))
+    return nn.Sequential(parts)
+
+
+def make_stages(bottleneck, depths, width):
+    """Stages of bottlenecks: 256 * width channels, and from stage to stage half the sides and twice the channels."""
+    stages, inputs = nn.Sequential(), 64 * width
+    for i, depth in enumerate(depths):
+        outputs, blocks = 256 * width * 2**i, nn.Sequential()
+        for j in range(depth):
+            blocks.append(bottleneck(inputs, outputs, 2 if i and not j else 1))
+            inputs = outputs
+        stages.append(nn.Sequential(OrderedDict(blocks=blocks)))
+    return stages
+
+
+class Backbone(nn.Module):
+    """The hybrid's ResNet: images (B, C, H, W) -> features (B, channels, H / stride, W / stride).
+
+    depths: bottlenecks of each stage. The ViT paper moves the blocks of R50's fourth stage to the third, (3, 4, 9):
+    stride 16, and as many patches of one feature pixel as ViT-B/16 has. With () the stem is all there is, stride 4.
+    """
+
+    def __init__(self, in_chans, depths):
+        super().__init__()
+        self.stem = make_stem(in_chans, 64, same=True, norm=True)
+        self.stages = make_stages(PostBottleneck, depths, width=1)
+        self.stride = 4 * 2 ** max(0, len(depths) - 1)
+        self.channels = 256 * 2 ** (len(depths) - 1) if depths else 64
+
+    def forward(self, images):
+        return self.stages(self.stem(images))
+
+
+class ResNet(nn.Module):
+    """BiT's ResNet-v2, the baseline of ViT's figures 3 to 5: images (B, C, H, W) -> logits (B, classes).
+
+    depths, width   bottlenecks of each stage; a factor on all channels
+    num_classes     0 leaves the head out: the output is then the representation y (B, 2048 * width)
+
+    Images may have any size. The head starts at zero.
+    """
+
+    def __init__(self, in_chans=3, num_classes=1000, depths=(3, 4, 6, 3), width=1):
+        super().__init__()
+        self.dim = 256 * width * 2 ** (len(depths) - 1)
+        self.stem = make_stem(in_chans, 64 * width, same=False, norm=False)
+        self.stages = make_stages(PreBottleneck, depths, width)
+        self.norm = nn.GroupNorm(GROUPS, self.dim)
+        self.head = nn.Linear(self.dim, num_classes) if num_classes else nn.Identity()
+        if num_classes:
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+
+    def represent(self, images):
+        """The image representation y (B, D): the mean over the places of the last features."""
+        return F.relu(self.norm(self.stages(self.stem(images)))).mean(dim=(2, 3))
+
+    def forward(self, images):
+        return self.head(self.represent(images))
+
+
+# resnet50, resnet50x2, …: the number of layers, and the width unless it is 1.
+DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3)}
+ARCHS = {
+    f"resnet{layers}" + f"x{width}" * (width > 1): dict(depths=depths, width=width)
+    for layers, depths in DEPTHS.items()
+    for width in (1, 2, 3, 4)
+}

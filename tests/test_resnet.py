@@ -1,0 +1,348 @@
+"""What the convolutional networks beside ViT have to compute: resnet.py once more and slowly, and beside timm.
+
+Each `..._loops` function is an oracle: float64 NumPy, one output at a time, from the definition alone.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import data
+import hpm
+import resnet
+import vit
+from tests.test_vit import arrays, equal, filled, random
+
+# ---------------------------------------------------------------------------------------------
+# Convolution, normalisation
+# ---------------------------------------------------------------------------------------------
+
+
+def convolution_loops(image, weight, stride, before, after):
+    """image (C, H, W), weight (C', C, k, k) -> (C', H', W'), every kernel first brought to mean 0 and variance 1."""
+    k = weight.shape[-1]
+    kernels = [(kernel - kernel.mean()) / math.sqrt(((kernel - kernel.mean()) ** 2).mean() + 1e-8) for kernel in weight]
+    image = np.pad(image, ((0, 0), (before, after), (before, after)))
+    tops, lefts = (range(0, side - k + 1, stride) for side in image.shape[1:])
+    windows = [[image[:, top : top + k, left : left + k] for left in lefts] for top in tops]
+    return np.array([[[(window * kernel).sum() for window in row] for row in windows] for kernel in kernels])
+
+
+def group_norm_loops(image, weight, bias, groups=32, eps=1e-5):
+    """image (C, H, W): each C / 32 channels, with all their places, to mean 0 and variance 1 (Wu & He 2018)."""
+    out, size = np.empty_like(image), len(image) // groups
+    for channel in range(len(image)):
+        group = image[channel // size * size : (channel // size + 1) * size]
+        out[channel] = (image[channel] - group.mean()) / math.sqrt(group.var() + eps) * weight[channel] + bias[channel]
+    return out
+
+
+# size, stride, SAME padding or not: rows of zeros before and after.
+BORDERS = {
+    (7, 2, False): (3, 3),
+    (7, 2, True): (2, 3),
+    (3, 2, False): (1, 1),
+    (3, 2, True): (0, 1),
+    (3, 1, True): (1, 1),
+}
+
+
+@pytest.mark.parametrize(("size", "stride", "same"), [*BORDERS, (1, 2, True), (1, 1, False)])
+def test_a_standardised_convolution_equals_the_loops(size, stride, same):
+    """BiT, section 3.1; JAX's SAME puts the odd row of zeros after the image, PyTorch can't."""
+    conv = filled(resnet.StdConv(3, 4, size, stride, same))
+    images = random(2, 3, 8, 6)
+    before, after = BORDERS.get((size, stride, same), (0, 0))
+    oracle = [convolution_loops(image, conv.weight.detach().numpy(), stride, before, after) for image in images.numpy()]
+    equal(conv(images), np.stack(oracle), "is the kernel standardised over all its inputs, with the biased variance?")
+    assert conv(images).shape[-2:] == (8 // stride, 6 // stride)
+
+
+def test_scale_and_offset_of_a_kernel_do_not_matter():
+    """So gradients are at right angles to the kernel: they turn it, and weight decay alone shrinks it."""
+    conv = filled(resnet.StdConv(3, 4, 3))
+    images = random(1, 3, 5, 5)
+    out = conv(images)
+    out.square().sum().backward()
+    assert (conv.weight.grad * conv.weight).sum(dim=(1, 2, 3)).abs().max() < 1e-4 * conv.weight.grad.norm()
+    conv.weight.data = 3 * conv.weight.data + 7
+    assert torch.allclose(conv(images), out, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------
+# Bottlenecks
+# ---------------------------------------------------------------------------------------------
+
+
+def bottleneck_loops(image, p, stride, pre):
+    """One image (C, H, W) through a bottleneck with the parameters p: ResNet-v2's, or the hybrid's."""
+
+    def norm(x, i):
+        return group_norm_loops(x, p[f"norm{i}.weight"], p[f"norm{i}.bias"])
+
+    def relu(x):
+        return np.maximum(x, 0)
+
+    borders = ((0, 0), (1, 1), (0, 0)) if pre or stride == 1 else ((0, 0), (0, 1), (0, 0))
+    shortcut, h = image, image
+    if pre:
+        h = relu(norm(image, 1))
+    if "downsample.conv.weight" in p:
+        shortcut = convolution_loops(h, p["downsample.conv.weight"], stride, 0, 0)
+        if not pre:
+            shortcut = group_norm_loops(shortcut, p["downsample.norm.weight"], p["downsample.norm.bias"])
+    for i in (1, 2, 3):
+        if pre and i > 1:
+            h = relu(norm(h, i))
+        h = convolution_loops(h, p[f"conv{i}.weight"], stride if i == 2 else 1, *borders[i - 1])
+        if not pre:
+            h = norm(h, i)
+            h = relu(h if i < 3 else h + shortcut)
+    return h + shortcut if pre else h
+
+
+@pytest.mark.parametrize("kind", [resnet.PreBottleneck, resnet.PostBottleneck])
+@pytest.mark.parametrize(("inputs", "stride"), [(128, 1), (64, 1), (64, 2)])
+def test_a_bottleneck_equals_the_loops(kind, inputs, stride):
+    """He et al. 2016, figure 4: pre-activation. The hybrid's is the older one, with the stride in the 3x3."""
+    block = filled(kind(inputs, 128, stride))
+    image = random(1, inputs, 4, 6)
+    oracle = bottleneck_loops(image[0].numpy(), arrays(block), stride, kind is resnet.PreBottleneck)
+    equal(block(image)[0], oracle, "order of normalisation, ReLU and convolution, or the residual", atol=1e-9)
+
+
+def test_a_branch_of_the_hybrid_starts_at_zero():
+    """As the authors' code starts the scale of the last GroupNorm: a block is then ReLU(x)."""
+    block, x = resnet.PostBottleneck(128, 128, 1), random(1, 128, 4, 4).float()
+    assert torch.equal(block(x), F.relu(x))
+
+
+# ---------------------------------------------------------------------------------------------
+# Whole networks
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "parameters"),
+    [
+        (lambda: vit.create("resnet50"), 25_549_352),
+        (lambda: vit.create("resnet101"), 44_541_480),
+        (lambda: vit.create("resnet152x2"), 236_335_208),
+        (lambda: resnet.Backbone(3, (3, 4, 9)), 98_659_112 - 86_567_656 - (1024 - 768) * 768),
+    ],
+)
+def test_sizes_are_the_published_ones(build, parameters):
+    """Those of timm's resnetv2_50x1_bit, 101x1 and 152x2, and what its vit_base_r50_s16_224 has more than ViT-B/16."""
+    with torch.device("meta"):
+        model = build()
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("arch", "grid", "channels"),
+    [("r50_vit_b16", (14, 14), 1024), ("r26_vit_s32", (7, 7), 2048), ("r_vit_ti16", (7, 7), 64)],
+)
+def test_a_hybrid_cuts_its_patches_from_features(arch, grid, channels):
+    """R50 with its fourth stage in the third: features of 14 x 14, each of them a patch (ViT, section 4.1)."""
+    model, image = vit.create(arch, depth=1), torch.zeros(1, 3, 224, 224)
+    with torch.no_grad():
+        features, patches = model.patch_embed.backbone(image), model.patch_embed.cut(image)
+        assert model(image).shape == (1, 1000)
+    assert model.grid == grid
+    side = features.shape[-1] // grid[0]  # of a patch
+    assert features.shape == (1, channels, side * grid[0], side * grid[1])
+    assert patches.shape == (1, math.prod(grid), side * side * channels)
+
+
+def test_patches_that_do_not_fit_the_features_are_refused():
+    with pytest.raises(ValueError, match="24 pixels.* stride 16; use a multiple of 16"):
+        vit.create("r50_vit_b16", 96, patch_size=24)
+
+
+@pytest.mark.parametrize("height", [64, 50])
+def test_a_resnet_takes_images_of_any_size_and_pools_them(height):
+    model = vit.create("resnet50", num_classes=0, depths=(1, 1, 1, 1)).eval()
+    images = random(2, 3, height, 96).float()
+    with torch.no_grad():
+        features = model.stages(model.stem(images))
+        assert features.shape[1:] == (2048, 2, 3)
+        oracle = [
+            np.maximum(group_norm_loops(f, np.ones(2048), np.zeros(2048)), 0).mean(axis=(1, 2))
+            for f in features.double().numpy()
+        ]
+        equal(model(images), np.stack(oracle), "y = the mean over places of ReLU(GroupNorm(features))", atol=1e-4)
+
+
+def test_masked_pretraining_refuses_convolutions():
+    """They would see what is hidden."""
+    for arch in ("r50_vit_b16", "resnet50"):
+        with pytest.raises(ValueError, match="hidden patches"):
+            hpm.create(arch)
+
+
+SHORT = dict(resnet50=dict(depths=(1, 1)), r26_vit_s32=dict(backbone=(1, 1), depth=2))
+
+
+@pytest.mark.parametrize(
+    "arch", [*SHORT, *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("resnet101", "r50_vit_b32"))]
+)
+def test_a_real_batch_is_learned(arch):
+    """Eight photographs, eight classes: the loss falls, and every parameter has a gradient. Whole where it is slow."""
+    torch.manual_seed(0)
+    photos = data.photos((64, 64)).test
+    images = data.normalise(photos.images[:32:4], photos.mean, photos.std)
+    model = vit.create(arch, 64, num_classes=8, **SHORT.get(arch, {}))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(6):
+        loss = F.cross_entropy(model(images), torch.arange(8))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(math.log(8), abs=1e-5), "the head starts at zero: all classes are equal"
+    assert losses[-1] < 0.8 * losses[0]
+    assert [name for name, p in model.named_parameters() if not p.grad.any()] == []
+
+
+TIMM = {  # ours: timm's
+    "resnet50": "resnetv2_50x1_bit",
+    "r26_vit_s32": "vit_small_r26_s32_224",
+    "r_vit_ti16": "vit_tiny_r_s16_p8_224",
+}
+
+
+@pytest.mark.parametrize("arch", TIMM)
+def test_logits_equal_timms(arch, tmp_path):
+    """timm's own file, read as it is."""
+    timm = pytest.importorskip("timm", reason="timm is not installed; see requirements-parity.txt")
+    options = {} if arch == "resnet50" else dict(img_size=64)
+    theirs = timm.create_model(TIMM[arch], num_classes=10, **options).eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, p in theirs.named_parameters():
+        scale = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        p.data = scale + 0.1 * torch.randn(p.shape, generator=generator)
+    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
+    ours = vit.create(arch, 64, num_classes=10).eval()
+    assert vit.load_weights(ours, tmp_path / "timm.pth") == []
+    images = random(2, 3, 64, 64).float()
+    with torch.no_grad():
+        difference = (ours(images) - theirs(images)).abs().max() / theirs(images).std()
+    assert difference < 1e-4
+
+
+# ---------------------------------------------------------------------------------------------
+# The authors' files
+# ---------------------------------------------------------------------------------------------
+
+SMALL_HYBRID = dict(img_size=64, num_classes=5, backbone=(1, 2), depth=1, dim=48, num_heads=2)
+
+
+def kernel(weight):
+    """(C', C, k, k) -> JAX's and TensorFlow's (k, k, C, C')."""
+    return weight.transpose(2, 3, 1, 0)
+
+
+def hybrid_file(w, norm_shape):
+    """Our weights under the names, and in the axes, of the hybrids' .npz files (models_resnet.py, models_vit.py)."""
+    out = {"conv_root/kernel": kernel(w["patch_embed.backbone.stem.conv.weight"])}
+    norms = {"gn_root": "patch_embed.backbone.stem.norm"}
+    for stage, units in enumerate(SMALL_HYBRID["backbone"], 1):
+        for unit in range(1, units + 1):
+            ours, theirs = f"patch_embed.backbone.stages.{stage - 1}.blocks.{unit - 1}", f"block{stage}/unit{unit}"
+            for i in (1, 2, 3):
+                out[f"{theirs}/conv{i}/kernel"] = kernel(w[f"{ours}.conv{i}.weight"])
+                norms[f"{theirs}/gn{i}"] = f"{ours}.norm{i}"
+            if unit == 1:
+                out[f"{theirs}/conv_proj/kernel"] = kernel(w[f"{ours}.downsample.conv.weight"])
+                norms[f"{theirs}/gn_proj"] = f"{ours}.downsample.norm"
+    for theirs, ours in norms.items():
+        for part, name in (("scale", "weight"), ("bias", "bias")):
+            out[f"{theirs}/{part}"] = w[f"{ours}.{name}"].reshape(*norm_shape, -1)
+    out |= {"embedding/kernel": kernel(w["patch_embed.proj.weight"]), "embedding/bias": w["patch_embed.proj.bias"]}
+    out |= {"cls": w["cls_token"], "Transformer/posembed_input/pos_embedding": w["pos_embed"]}
+    out |= {"head/kernel": w["head.weight"].T, "head/bias": w["head.bias"]}
+    out |= {"Transformer/encoder_norm/scale": w["norm.weight"], "Transformer/encoder_norm/bias": w["norm.bias"]}
+    block = "Transformer/encoderblock_0"
+    for theirs, ours in (("LayerNorm_0", "norm1"), ("LayerNorm_2", "norm2")):
+        out[f"{block}/{theirs}/scale"] = w[f"blocks.0.{ours}.weight"]
+        out[f"{block}/{theirs}/bias"] = w[f"blocks.0.{ours}.bias"]
+    for theirs, ours in (("Dense_0", "fc1"), ("Dense_1", "fc2")):
+        out[f"{block}/MlpBlock_3/{theirs}/kernel"] = w[f"blocks.0.mlp.{ours}.weight"].T
+        out[f"{block}/MlpBlock_3/{theirs}/bias"] = w[f"blocks.0.mlp.{ours}.bias"]
+    attention = f"{block}/MultiHeadDotProductAttention_1"
+    parts = (np.split(w[f"blocks.0.attn.qkv.{name}"], 3) for name in ("weight", "bias"))
+    for theirs, weight, bias in zip(("query", "key", "value"), *parts, strict=True):
+        out[f"{attention}/{theirs}/kernel"] = weight.T.reshape(48, 2, 24)
+        out[f"{attention}/{theirs}/bias"] = bias.reshape(2, 24)
+    out[f"{attention}/out/kernel"] = w["blocks.0.attn.proj.weight"].T.reshape(2, 24, 48)
+    out[f"{attention}/out/bias"] = w["blocks.0.attn.proj.bias"]
+    return out
+
+
+def bit_file(w):
+    """Our weights under the names of BiT's .npz files (big_transfer's models)."""
+    conv, norm = "standardized_conv2d/kernel", {"gamma": "weight", "beta": "bias"}
+    out = {f"resnet/root_block/{conv}": kernel(w["stem.conv.weight"])}
+    for stage, units in enumerate((1, 2), 1):
+        for unit in range(1, units + 1):
+            ours, theirs = f"stages.{stage - 1}.blocks.{unit - 1}", f"resnet/block{stage}/unit{unit:02}"
+            for i, letter in enumerate("abc", 1):
+                out[f"{theirs}/{letter}/{conv}"] = kernel(w[f"{ours}.conv{i}.weight"])
+                for part, name in norm.items():
+                    out[f"{theirs}/{letter}/group_norm/{part}"] = w[f"{ours}.norm{i}.{name}"]
+            if unit == 1:
+                out[f"{theirs}/a/proj/{conv}"] = kernel(w[f"{ours}.downsample.conv.weight"])
+    for part, name in norm.items():
+        out[f"resnet/group_norm/{part}"] = w[f"norm.{name}"]
+    return out | {
+        "resnet/head/conv2d/kernel": kernel(w["head.weight"][..., None, None]),
+        "resnet/head/conv2d/bias": w["head.bias"],
+    }
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "hybrid, older", "BiT"])
+def test_the_authors_npz_files_are_read(kind, tmp_path):
+    """Every weight comes to its place. Older files keep GroupNorm's numbers as (1, 1, 1, C)."""
+
+    def build():
+        if kind == "BiT":
+            return vit.create("resnet50", num_classes=5, depths=(1, 2))
+        return vit.create("r26_vit_s32", **SMALL_HYBRID)
+
+    model = filled(build()).float()
+    w = arrays(model)
+    np.savez(tmp_path / "x.npz", **(bit_file(w) if kind == "BiT" else hybrid_file(w, (1, 1, 1) * ("older" in kind))))
+    other = build()
+    assert vit.load_weights(other, tmp_path / "x.npz") == []
+    mine, theirs = model.state_dict(), other.state_dict()
+    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("here", "there"),
+    [
+        (dict(depths=(1, 2)), dict(depths=(1, 3))),
+        (dict(depths=(1, 2)), dict(depths=(1,))),
+        (dict(depths=(1,)), dict(depths=(1,), width=2)),
+        (dict(depths=(1,)), None),
+    ],
+)
+def test_weights_of_another_resnet_are_refused(here, there, tmp_path):
+    """Of another depth or width, or no ResNet at all; and nothing has been loaded."""
+    other = vit.create("vit_micro4", 28) if there is None else vit.create("resnet50", **there)
+    torch.save(other.state_dict(), tmp_path / "other.pth")
+    model = vit.create("resnet50", **here)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"other\.pth does not fit"):
+        vit.load_weights(model, tmp_path / "other.pth")
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_head_for_other_classes_is_left_at_its_initial_value(tmp_path):
+    torch.save(vit.create("resnet50", num_classes=5, depths=(1,)).state_dict(), tmp_path / "five.pth")
+    (note,) = vit.load_weights(vit.create("resnet50", num_classes=7, depths=(1,)), tmp_path / "five.pth")
+    assert note == "head left at its initial value: 7 classes here, 5 in the file"
