@@ -8,6 +8,8 @@ Two kinds of split, one pair of methods:
     split.train_batches(…)   shuffled and augmented, one batch a step
     split.test_batches(…)    every image once, in order
 
+And `occurring` finds images of one split in another.
+
 All randomness is a pure function of (seed, purpose, position). So a run that resumes at step s sees
 what it would have seen without the interruption, and R processes with B / R images each see the
 images that one process sees with B.
@@ -252,7 +254,10 @@ class InMemory:
 
     def subset(self, n, seed):
         """A part of n samples, the same number of each class (or one more)."""
-        keep = balanced(self.labels, n, seed)
+        return self.part(balanced(self.labels, n, seed))
+
+    def part(self, keep):
+        """The samples with these indices (n,)."""
         which = keep % len(self.images)
         sizes = None if self.sizes is None else self.sizes[which]
         return InMemory(self.images[which], self.labels[keep], self.mean, self.std, sizes)
@@ -319,6 +324,7 @@ class Folder(torch.utils.data.Dataset):
 
     def __init__(self, path, mean, std):
         self.mean, self.std, self.files, self.unreadable, self.randaugment = mean, std, [], {}, 0.0
+        self.middle = 7 / 8  # of the short side is what a test sees: ImageNet's 224 of 256
         self.classes = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
         for label, name in enumerate(self.classes):
             files = sorted(str(f) for f in Path(path, name).iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
@@ -331,11 +337,19 @@ class Folder(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.files)
 
+    @property
+    def labels(self):
+        return torch.tensor([label for _, label in self.files])
+
     def subset(self, n, seed):
         """A part of n files, the same number of each class (or one more)."""
+        return self.part(balanced(self.labels, n, seed))
+
+    def part(self, keep):
+        """The files with these indices (n,)."""
         part = copy.copy(self)
         part.unreadable = {}
-        part.files = [self.files[i] for i in balanced(torch.tensor([label for _, label in self.files]), n, seed)]
+        part.files = [self.files[i] for i in keep.tolist()]
         return part
 
     def __getitem__(self, request):
@@ -343,7 +357,7 @@ class Folder(torch.utils.data.Dataset):
         index, size, crop, draw = request
         file, label = self.files[index]
         try:
-            return read_image(file, size, crop, draw, self.randaugment), label, None
+            return read_image(file, size, crop, draw, self.randaugment, self.middle), label, None
         except Exception as error:  # whatever a decoder raises for a broken file
             return torch.zeros(3, *size, dtype=torch.uint8), label, (file, str(error) or type(error).__name__)
 
@@ -393,11 +407,11 @@ class Folder(torch.utils.data.Dataset):
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 
-def read_image(file, size, crop, draw, magnitude=0.0):
+def read_image(file, size, crop, draw, magnitude=0.0, middle=7 / 8):
     """Decode an image file, crop it and resize it to size = (H, W): (3, H, W) uint8, RGB.
 
-    crop, draw: scale and five numbers for `crop_box` and the flip; None: the middle, 7/8 of the
-    short side (ImageNet's 224 of 256). magnitude: of `randaugment`, in training.
+    crop, draw: scale and five numbers for `crop_box` and the flip; None: the middle, as much of the
+    short side as `middle` says. magnitude: of `randaugment`, in training.
     """
     with Image.open(file) as image:
         if image.format != "JPEG":
@@ -409,7 +423,7 @@ def read_image(file, size, crop, draw, magnitude=0.0):
             sides, draws = torch.tensor([height, width]), torch.tensor(draw[1:])
             top, left, h, w = (v.item() for v in crop_box(*sides, draws, crop))
         else:
-            shrink = 7 / 8 * min(height / size[0], width / size[1])
+            shrink = middle * min(height / size[0], width / size[1])
             h, w = size[0] * shrink, size[1] * shrink
             top, left = (height - h) / 2, (width - w) / 2
         # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size: as small as the crop allows.
@@ -492,6 +506,49 @@ def collate(samples, replace):
     elif failed.any():
         labels = torch.where(failed, -1, labels)
     return images, labels, [failure for failure in failures if failure]
+
+
+# ---------------------------------------------------------------------------------------------
+# Images that occur twice
+# ---------------------------------------------------------------------------------------------
+
+
+def perceptual_hash(images, side=32, low=16):
+    """What a picture looks like, in 255 bits: (B, C, H, W) -> (B, 255) bool.
+
+    The mean over channels, shrunk to 32 x 32; of its cosine transform the 16 x 16 lowest frequencies but the constant;
+    a bit says which are above their median (Zauner 2010, with 8 x 8). Brightness and contrast do not matter, and
+    another size or compression turns few bits: two unrelated pictures differ in about half of them.
+    """
+    grey = F.interpolate(images.double().mean(dim=1, keepdim=True), (side, side), mode="area")[:, 0]
+    places = torch.arange(side, dtype=torch.float64, device=images.device)
+    cosines = torch.cos(math.pi / side * torch.outer(places[:low], places + 0.5))  # (low, side)
+    frequencies = (cosines @ grey @ cosines.T).flatten(1)[:, 1:]  # (B, 255)
+    return frequencies > frequencies.median(dim=1, keepdim=True).values
+
+
+def hash_split(split, device):
+    """The hash of every image of a split, (n, 255) of -1 and 1; and which images could be decoded (n,)."""
+    split = copy.copy(split)
+    split.middle = 1.0  # whole images
+    size = split.images.shape[-2:] if isinstance(split, InMemory) else (64, 64)
+    std = torch.tensor(split.std, device=device).view(-1, 1, 1)
+    batches = split.test_batches(size, 64, torch.device(device))
+    codes, read = zip(*((perceptual_hash(images * std), labels >= 0) for images, labels in batches), strict=True)
+    return 2.0 * torch.cat(codes) - 1, torch.cat(read)
+
+
+def occurring(split, others, device="cpu", bits=20):
+    """Which images of a split occur in another one too, by their hashes: (n,) bool.
+
+    Hashes that differ in at most `bits` of 255 count as the same picture. On the photographs of `photos`, a JPEG of
+    another size differs in 2 to 6 bits (median), the nearest other picture in 94. An image that can't be decoded
+    occurs nowhere.
+    """
+    (codes, read), (known, decoded) = (hash_split(each, device) for each in (split, others))
+    known = known[decoded]
+    agreement = torch.cat([(part @ known.T).amax(dim=1) for part in codes.split(1000)])  # 255 - 2 * bits that differ
+    return ((agreement >= 255 - 2 * bits) & read).cpu()
 
 
 # ---------------------------------------------------------------------------------------------

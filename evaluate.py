@@ -2,7 +2,7 @@
 
     evaluate               loss and accuracy of a classifier
     evaluate_pretraining   reconstruction loss of a masked autoencoder, and whether HPM knows its own
-    extract, …             frozen features, for the linear probe and for nearest neighbours
+    extract, …             frozen features, for the linear probe, for nearest neighbours, for few examples a class
     plot_curves, …         curves.png and masks.png of a run
 
 `config` is the configuration of a run, see train.py: task, device, dtype, img_size, micro_batch, seed and so on. Of
@@ -63,7 +63,8 @@ def evaluate_pretraining(model, split, config):
         with autocast(config):
             together = min(processes.COUNT * config.micro_batch, left)
             left -= together
-            out = model(images, 0.0, noise, together, slice(processes.RANK, together, processes.COUNT))
+            here = slice(processes.RANK, together, processes.COUNT)
+            out = model(images, generator=noise, batch=together, here=here)
         total += len(images) * torch.stack(
             [torch.ones_like(out["rec"]), out["rec"], out.get("correlation", out["rec"])]
         )
@@ -115,6 +116,23 @@ def nearest_neighbours(train, test, classes, k=20, temperature=0.07):
     return 100 * hits.item() / len(test[1])
 
 
+@torch.inference_mode()
+def few_shot(train, test, classes, ridge=2.0**10):
+    """Top-1 accuracy in % of regularised least squares from features to {-1, 1}^K (ViT, section 4.1).
+
+    train, test: features (n, D) and labels (n,). W = argmin ||Z W - Y||² + ridge ||W||², Z the features with mean 0
+    and deviation 1 over `train`, and a constant beside them for the bias; so large, 100, that it is hardly regularised.
+    This constant and the ridge are the authors'. W = Zᵀ (Z Zᵀ + ridge I)⁻¹ Y, exactly: a system of n equations.
+    """
+    (x, labels), (queries, truth) = ((features.double(), labels) for features, labels in (train, test))
+    mean, deviation = x.mean(dim=0), x.std(dim=0, correction=0) + 1e-5
+    Z, queries = (F.pad((v - mean) / deviation, (0, 1), value=100.0) for v in (x, queries))  # (n, D + 1)
+    Y = 2.0 * F.one_hot(labels, classes).double() - 1  # (n, K)
+    gram = Z @ Z.T + ridge * torch.eye(len(Z), dtype=Z.dtype, device=Z.device)
+    W = Z.T @ torch.linalg.solve(gram, Y)  # (D + 1, K)
+    return 100 * ((queries @ W).argmax(dim=1) == truth).double().mean().item()
+
+
 class LinearProbe(nn.Module):
     """A frozen encoder, BatchNorm without parameters, a linear layer: only the last one learns (MAE, appendix A.1)."""
 
@@ -137,7 +155,7 @@ class LinearProbe(nn.Module):
 
 def linear_probe(encoder, dataset, config):
     """The probe and its data: the features, computed once, if they fit in half of the free memory, else the images."""
-    dim = encoder.pos_embed.shape[-1]
+    dim = encoder.dim
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / processes.LOCAL_COUNT
     if processes.agree(4 * dim * len(dataset.train) > free / 2)[0]:
         return LinearProbe(encoder, dim, len(dataset.classes)).to(config.device), dataset

@@ -25,6 +25,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.fft
 import torch
 from PIL import Image
 
@@ -1003,6 +1004,53 @@ def test_a_training_batch_never_has_the_label_that_marks_unreadable_images(tmp_p
         for _, labels in split.train_batches((4, 4), 1, range(20), 0, (0.2, 1.0), CPU):
             assert labels.min() >= 0
     capfd.readouterr()
+
+
+# ---------------------------------------------------------------------------------------------
+# Images that occur twice
+# ---------------------------------------------------------------------------------------------
+
+
+def test_a_perceptual_hash_compares_the_lowest_frequencies_with_their_median():
+    """With scipy's cosine transform of a picture of 64 x 64, its pixels averaged 2 by 2 and over channels."""
+    images = uniform(3, 3, 64, 64)
+    oracle = []
+    for image in images.mean(dim=1).numpy():
+        small = image.reshape(32, 2, 32, 2).mean(axis=(1, 3))
+        low = scipy.fft.dctn(small, type=2)[:16, :16].flatten()[1:]
+        oracle.append(low > np.median(low))
+    ours = data.perceptual_hash(images)
+    equal(ours, np.stack(oracle), "hashes differ")
+    assert ours.sum(dim=1).tolist() == [127] * 3, "half of 255 are above the median"
+    assert torch.equal(data.perceptual_hash(0.3 * images + 50), ours), "brightness and contrast do not matter"
+
+
+@pytest.mark.parametrize("kind", ["memory", "folder"])
+def test_an_image_that_occurs_in_another_split_is_found_however_it_was_compressed(kind, tmp_path):
+    """The test crops of the photographs: smaller and as JPEG they are the same pictures, their neighbours are not."""
+    crops = data.photos((112, 112)).test.images  # (64, 3, 112, 112)
+    here = split_of(kind, crops[1::4], tmp_path / "here")
+    there = []
+    for crop in crops[1::8]:  # every second one of them
+        file = save(photograph(crop).resize((96, 96)), tmp_path / "there.jpg", quality=92)
+        with Image.open(file) as image:
+            there.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+    strangers = crops[2::8, :, ::2, ::2][:, :, :48, :48].repeat(1, 1, 2, 2)  # and pictures that are not there
+    there = data.InMemory(torch.cat([torch.stack(there), strangers]), torch.arange(16), *PLAIN)
+    assert data.occurring(here, there).tolist() == [True, False] * 8
+    kept = here.part((~data.occurring(here, there)).nonzero()[:, 0])
+    assert not data.occurring(kept, there).any()
+    assert [labels.tolist() for _, labels in kept.test_batches((8, 8), 16, CPU)] == [list(range(1, 16, 2))]
+
+
+def test_images_that_can_not_be_decoded_occur_nowhere(tmp_path):
+    """They are black, both of them: that does not make them one picture."""
+    for name in ("a", "b"):
+        for i in range(30):  # below 5 %
+            save(photograph(pixels(3, 8, 8, seed=i + 100 * (name == "b"))), tmp_path / name / "x" / f"{i}.png")
+        (tmp_path / name / "x" / "broken.png").write_bytes(b"no image")
+    splits = [data.Folder(tmp_path / name, *PLAIN) for name in ("a", "b")]
+    assert not data.occurring(*splits).any()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def test_evaluation_is_without_dropout_and_training_goes_on_with_it():
 class Counter(nn.Module):
     """Stands in for HPM: its loss is the mean of the first pixel, its correlation the mean of the second."""
 
-    def forward(self, images, hard_fraction, generator, batch, here):
+    def forward(self, images, generator, batch, here, hard_fraction=0.0):
         assert hard_fraction == 0.0, "all masks are random, so that scores of different times compare"
         assert not self.training
         assert batch == len(range(batch)[here]) == len(images)
@@ -179,6 +179,35 @@ def test_one_near_neighbour_outvotes_two_far_ones():
     test = torch.tensor([[0.1, 0.01]]), torch.tensor([0])
     assert evaluate.nearest_neighbours(train, test, 2) == 100.0
     assert evaluate.nearest_neighbours(train, test, 2, temperature=10.0) == 0.0
+
+
+def few_shot_oracle(x, labels, queries, classes, ridge):
+    """The class that is told for every query: the minimum of ||Z W - Y||² + ridge ||W||², as one least-squares problem.
+
+    sqrt(ridge) I below Z, and zeros below Y, turn the penalty into more equations.
+    """
+    mean, deviation = x.mean(0), x.std(0) + 1e-5
+    Z, Q = (np.hstack([(v - mean) / deviation, np.full((len(v), 1), 100.0)]) for v in (x, queries))
+    Y = np.array([[1.0 if label == k else -1.0 for k in range(classes)] for label in labels])
+    padded = np.vstack([Z, math.sqrt(ridge) * np.eye(Z.shape[1])]), np.vstack([Y, np.zeros((Z.shape[1], classes))])
+    return (Q @ np.linalg.lstsq(*padded)[0]).argmax(axis=1)
+
+
+@pytest.mark.parametrize(("n", "ridge"), [(12, 1024.0), (12, 1e-2), (60, 1024.0), (60, 1.0)])
+def test_few_shot_is_regularised_least_squares_in_closed_form(n, ridge):
+    """ViT, section 4.1: from frozen features to {-1, 1}^K. Fewer images than features, and more."""
+    labels, truth = torch.arange(n) % 3, torch.arange(101) % 3
+    x = 5 * random(n, 20) + torch.eye(20)[labels] * 4 + 7
+    queries = 5 * random(101, 20, seed=2) + torch.eye(20)[truth] * 4 + 7
+    told = few_shot_oracle(x.double().numpy(), labels.tolist(), queries.double().numpy(), 3, ridge)
+    ours = evaluate.few_shot((x, labels), (queries, truth), 3, ridge)
+    assert ours == pytest.approx(100 * (told == truth.numpy()).mean())
+    assert evaluate.few_shot((x, labels), (queries, torch.tensor(told)), 3, ridge) == 100.0
+
+
+def test_few_shot_copes_with_a_feature_that_never_changes():
+    x, labels = torch.tensor([[1.0, 3.0], [-1.0, 3.0], [1.5, 3.0], [-1.5, 3.0]]), torch.tensor([0, 1, 0, 1])
+    assert evaluate.few_shot((x, labels), (2 * x, labels), 2) == 100.0
 
 
 def test_a_linear_probe_normalises_without_parameters_and_learns_a_head_alone():
