@@ -5,12 +5,14 @@
     python train.py --task hpm --arch vit_micro4 --data fashion-mnist
     python train.py --task linear --arch vit_micro4 --data fashion-mnist --init runs/hpm-…/last.pt
 
-Tasks: supervised, from scratch; mae and hpm, pre-training without labels; finetune, linear and knn measure what
-pre-training was good for. From top to bottom: recipes, command line, models and their optimizer, the loop. On several
-GPUs, `torchrun --nproc_per_node=8 train.py …`, see processes.py; what a run leaves behind, see run_folder.py.
+Tasks: supervised, from scratch; mpp, mae and hpm, pre-training without labels; finetune, linear, knn and fewshot
+measure what pre-training was good for. From top to bottom: recipes, command line, models and their optimizer, the
+loop. On several GPUs, `torchrun --nproc_per_node=8 train.py …`, see processes.py; what a run leaves behind, see
+run_folder.py.
 """
 
 import argparse
+import copy
 import difflib
 import functools
 import json
@@ -28,13 +30,16 @@ from tqdm import tqdm
 
 import data
 import hpm
+import mpp
 import processes
+import resnet
 import vit
 from evaluate import (
     autocast,
     evaluate,
     evaluate_pretraining,
     extract,
+    few_shot,
     linear_probe,
     nearest_neighbours,
     plot_curves,
@@ -59,6 +64,10 @@ RECIPES = {
     ),
     ("supervised", "fashion-mnist"): SMALL | dict(epochs=16, lr=4e-3, crop=0),
     ("supervised", "cifar"): SMALL | dict(epochs=100, lr=2e-3, crop=4),
+    # The ViT paper's masked patch prediction (appendix B.1.2): 2e-4 for a batch of 4096, warm-up 10k of 1M steps.
+    ("mpp", "folder"): dict(
+        epochs=300, batch_size=4096, lr=2e-4 / 16, warmup=0.01, weight_decay=0.1, crop=(0.2, 1.0)
+    ),
     # MAE's and HPM's (MAE, table 8; HPM, section 4).
     ("pretrain", "folder"): dict(
         epochs=800, batch_size=4096, lr=1.5e-4, warmup=0.05, weight_decay=0.05, crop=(0.2, 1.0)
@@ -81,7 +90,9 @@ RECIPES = {
     ("finetune", "cifar"): SMALL | dict(epochs=50, lr=2e-3, crop=4, layer_decay=0.8),
     # MAE's (table 10), with SGD in place of LARS.
     ("linear", "any"): dict(epochs=90, batch_size=1024, lr=0.1, warmup=0.1, weight_decay=0.0, crop=None),
-    ("knn", "any"): dict(steps={"cpu": 0, "cuda": 0}, batch_size=256, lr=0.0, warmup=0.0, weight_decay=0.0, crop=None),
+} | {
+    (task, "any"): dict(steps={"cpu": 0, "cuda": 0}, batch_size=256, lr=0.0, warmup=0.0, weight_decay=0.0, crop=None)
+    for task in ("knn", "fewshot")
 }  # fmt: skip
 # The ViT paper's fine-tuning (table 4), with --optimizer sgd: these replace what stands above.
 SGD_FINETUNE = dict(
@@ -93,6 +104,8 @@ OFF = dict(
 )
 BETAS = {"mae": (0.9, 0.95), "hpm": (0.9, 0.95)}  # else (0.9, 0.999)
 CLIP = 1.0  # norm of the whole gradient, for the ViT paper's recipes (appendix B.1); MAE and HPM do not clip
+SHOTS = (5, 10)  # examples a class, for few-shot evaluation
+HELD_OUT = 0.1  # of the training images, to choose a learning rate; the paper's share for its small data sets
 EVALUATIONS = 10  # of a run that has more epochs than that
 SAVE_EVERY = 600  # seconds
 
@@ -100,14 +113,17 @@ SAVE_EVERY = 600  # seconds
 # The command line
 # ---------------------------------------------------------------------------------------------
 
-PRETRAINING = ("mae", "hpm")
+AUTOENCODERS = ("mae", "hpm")
+PRETRAINING = ("mpp", *AUTOENCODERS)
+FROZEN = ("knn", "fewshot")  # measured without a step of training
 CHOICES = {
-    "task": ("supervised", *PRETRAINING, "finetune", "linear", "knn"),
-    "arch": tuple(vit.ARCHS),
+    "task": ("supervised", *PRETRAINING, "finetune", "linear", *FROZEN),
+    "arch": (*vit.ARCHS, *resnet.ARCHS),
     "device": ("cuda", "cpu"),
     "dtype": ("float32", "bfloat16"),
     "decay": ("cosine", "linear"),
     "pool": ("cls", "mean"),
+    "pos_embed": tuple(vit.POS_EMBEDS.split()),
     "optimizer": ("adamw", "sgd"),
     "mask": ("random", "block", "grid", "hard"),
     "predictor_loss": ("relative", "absolute", "none"),
@@ -125,10 +141,15 @@ def parse(argv):
     parser = Parser(description="Train Vision Transformers.", allow_abbrev=False, usage="train.py [--FLAG VALUE …]")
     add = parser.add_argument
     add("--task", metavar="T", help=" | ".join(CHOICES["task"]))
-    add("--arch", metavar="A", help="vit_{ti,s,b,l,h}{8,14,16,32} | vit_micro4; default vit_b16")
+    add(
+        "--arch",
+        metavar="A",
+        help="vit_{ti,s,b,l,h}{8,14,16,32} | vit_micro4 | r50_vit_b16 … | resnet50 …; default vit_b16",
+    )
     add("--data", metavar="D", help=f"{' | '.join(data.NAMES)}; default photos")
     add("--data-dir", metavar="DIR", help="where data files are and go; default $VIT_DATA, else data/")
     add("--labels", metavar="N", type=int, help="use N training images alone, the same number of each class")
+    add("--deduplicate", metavar="D", help="drop training images that occur in the test set of this data")
     add("--init", metavar="PATH|URL", help="weights to start from: ours, timm, MAE, HPM, Hugging Face, Google")
     add("--out", metavar="DIR", help="run folder; default runs/TASK-ARCH-DATA")
     add("--overwrite", action="store_true", help="replace the run that is in --out")
@@ -144,9 +165,14 @@ def parse(argv):
     add("--batch-size", metavar="B", type=int, help="images a step")
     add("--micro-batch", metavar="M", type=int, help="images at a time, of a process; their gradients are added up")
     add("--optimizer", metavar="O", help="adamw | sgd (the ViT paper's fine-tuning); default adamw, linear: sgd")
-    add("--lr", type=float, help="peak learning rate; default the recipe's for 256 images, times B/256")
+    add(
+        "--lr",
+        type=numbers,
+        help="peak learning rate, or several: 0.003,0.01; default the recipe's for 256 images * B/256",
+    )
     add("--warmup", metavar="STEPS", type=int, help="steps of linear warm-up")
     add("--decay", metavar="D", help="cosine | linear; default cosine")
+    add("--polyak", metavar="M", type=float, help="momentum of an average of the weights, as 0.9999; default 0, off")
     add("--layer-decay", metavar="F", type=float, help="learning rate of a layer over that of the next one, in (0, 1]")
     add("--weight-decay", metavar="W", type=float, help="decoupled; none on biases, norms, tokens and positions")
     add("--dropout", metavar="P", type=float, help="this and the next three in [0, 1); default the recipe's")
@@ -157,6 +183,7 @@ def parse(argv):
     add("--cutmix", metavar="A", type=float, help="the same for CutMix")
     add("--randaugment", metavar="M", type=float, help="magnitude of RandAugment, up to 10, 0 is off; folder: only")
     add("--pool", metavar="P", help="cls | mean; default cls, finetune: mean")
+    add("--pos-embed", metavar="E", help=f"{vit.POS_EMBEDS.replace(' ', ' | ')}; default 1d, the arch's own")
     add("--mask-ratio", metavar="R", type=float, help="mae, hpm: hidden share of the patches; default 0.75")
     add("--mask", metavar="M", help="random | block | grid | hard; default hard for hpm, random for mae")
     add("--alpha", metavar="A0,AT", type=pair, help="share of hard patches at start and end; default 0,0.5")
@@ -178,6 +205,12 @@ def image_size(text):
     if len(sides) > 2 or min(sides) < 1:
         raise ValueError
     return sides[0], sides[-1]
+
+
+def numbers(text):
+    """0.01 -> 0.01, and 0.003,0.01 -> (0.003, 0.01)."""
+    several = tuple(float(number) for number in text.split(","))
+    return several if len(several) > 1 else several[0]
 
 
 def pair(text):
@@ -209,20 +242,27 @@ def configure(given):
     default(mask="hard" if hard else "random", predictor_loss="relative" if hard else "none", mask_ratio=0.75)
     default(target="pixels", alpha=(0.0, 0.2 if features else 0.5))
     default(optimizer="sgd" if config.task == "linear" else "adamw")
-    default(pool="mean" if (config.task, config.optimizer) == ("finetune", "adamw") else "cls")
     check(config)
 
-    patch_size = vit.ARCHS[config.arch]["patch_size"]
-    side = data.NATIVE_SIZE.get(config.data, 32) if patch_size < 8 else 224  # larger patches: too few of them at 32
-    default(img_size=(side, side))
-    grid = vit.patch_grid(*config.img_size, patch_size)
-    if config.task in PRETRAINING:
-        hpm.count_hidden(math.prod(grid), config.mask_ratio)
+    if config.arch in vit.ARCHS:
+        arch = vit.ARCHS[config.arch]
+        default(pool="mean" if (config.task, config.optimizer) == ("finetune", "adamw") else "cls")
+        default(pos_embed=arch.get("pos_embed", "1d"))
+        # Patches of 8 pixels and more: too few of them at 32.
+        side = data.NATIVE_SIZE.get(config.data, 32) if arch["patch_size"] < 8 else 224
+        default(img_size=(side, side))
+        grid = vit.patch_grid(*config.img_size, arch["patch_size"])
+        if config.task in AUTOENCODERS:
+            hpm.count_hidden(math.prod(grid), config.mask_ratio)
+    default(img_size=(224, 224), polyak=0.0)
+    if config.arch in resnet.ARCHS:
+        default(dropout=0.0, drop_path=0.0, layer_decay=1.0)
     dataset = load_dataset(config)
 
     task = "pretrain" if config.task in PRETRAINING else config.task
-    name = "any" if task in ("linear", "knn") else dataset.name.rstrip("01")  # cifar10, cifar100: cifar
-    recipe = OFF | RECIPES[task, name] | (SGD_FINETUNE if (task, config.optimizer) == ("finetune", "sgd") else {})
+    name = dataset.name.rstrip("01")  # cifar10, cifar100: cifar
+    recipe = RECIPES.get((config.task, name)) or RECIPES.get((task, name)) or RECIPES[task, "any"]
+    recipe = OFF | recipe | (SGD_FINETUNE if (task, config.optimizer) == ("finetune", "sgd") else {})
     default(**{name: recipe[name] for name in ("batch_size", "weight_decay", "crop", *OFF)})
     default(micro_batch=config.batch_size // processes.COUNT, lr=recipe["lr"] * config.batch_size / 256)
     check_processes(config, dataset)
@@ -231,7 +271,7 @@ def configure(given):
         raise ValueError(
             f"--micro-batch {config.micro_batch} does not divide --batch-size {config.batch_size}{of}; use a divisor"
         )
-    if config.task == "knn" or (config.steps is None and config.epochs is None and "steps" in recipe):
+    if config.task in FROZEN or (config.steps is None and config.epochs is None and "steps" in recipe):
         config.steps = recipe["steps"][config.device]
     if config.steps is None:
         default(epochs=recipe.get("epochs"))
@@ -241,17 +281,25 @@ def configure(given):
 
 
 def load_dataset(config):
-    """The data of a run; with --labels, a part of its training images."""
+    """The data of a run; with --deduplicate, --labels and for few-shot evaluation a part of its training images."""
     dataset = data.load(config.data, config.img_size, config.data_dir)
-    if config.labels:
-        dataset = dataset._replace(train=dataset.train.subset(config.labels, config.seed))
+    if config.deduplicate:
+        tested = data.load(config.deduplicate, config.img_size, config.data_dir).test
+        found = data.occurring(dataset.train, tested)
+        where = f"the test set of {config.deduplicate}"
+        say(f"dropped {found.sum():,} of {len(found):,} training images: they occur in {where}")
+        dataset = dataset._replace(train=dataset.train.part((~found).nonzero()[:, 0]))
+    labels = SHOTS[-1] * len(dataset.classes) if config.task == "fewshot" else config.labels
+    if labels:
+        dataset = dataset._replace(train=dataset.train.subset(labels, config.seed))
     return dataset
 
 
 RANGES = (
-    ("epochs steps batch_size micro_batch lr labels", lambda v: 0 < v < math.inf, "a number above 0"),
+    ("epochs steps batch_size micro_batch labels", lambda v: 0 < v < math.inf, "a number above 0"),
+    ("lr", lambda v: all(0 < rate < math.inf for rate in (v if isinstance(v, tuple) else [v])), "a number above 0"),
     ("warmup weight_decay mixup cutmix seed", lambda v: 0 <= v < math.inf, "a number of at least 0"),
-    ("dropout drop_path smoothing erasing", lambda v: 0 <= v < 1, "a probability in [0, 1)"),
+    ("dropout drop_path smoothing erasing polyak", lambda v: 0 <= v < 1, "a probability in [0, 1)"),
     ("randaugment", lambda v: 0 <= v <= 10, "a magnitude from 0 to 10"),
     ("layer_decay", lambda v: 0 < v <= 1, "a factor in (0, 1]"),
     ("alpha", lambda v: all(0 <= a <= 1 for a in v), "two shares in [0, 1], as 0,0.5"),
@@ -262,7 +310,7 @@ def check(config):
     """Raise ValueError for a flag with an unknown name or a number out of its range, and for flags at odds."""
     for flag, allowed in CHOICES.items():
         value = getattr(config, flag)
-        if value not in allowed:
+        if value is not None and value not in allowed:
             near = difflib.get_close_matches(value, allowed, n=1, cutoff=0)[0]
             flag = flag.replace("_", "-")
             raise ValueError(f"unknown --{flag} {value!r}; did you mean {near}? There are {', '.join(allowed)}")
@@ -275,9 +323,23 @@ def check(config):
         raise ValueError("--device cuda, but PyTorch finds no GPU; use --device cpu")
     if config.epochs and config.steps:
         raise ValueError("--epochs and --steps both set the length of the run; give one of them")
-    if config.task in ("linear", "knn", "finetune") and not config.init:
+    if config.task in ("linear", *FROZEN, "finetune") and not config.init:
         raise ValueError(f"--task {config.task} measures weights: give some with --init, as runs/hpm-…/last.pt")
-    if config.task in PRETRAINING and config.target in ("dino", "clip") and not config.target_weights:
+    for flag in ("pool", "pos_embed", "dropout", "drop_path"):
+        if getattr(config, flag) is not None and config.arch in resnet.ARCHS:
+            flag = flag.replace("_", "-")
+            raise ValueError(f"--{flag} is of Transformers, and {config.arch} is none; leave it out")
+    if config.task in AUTOENCODERS and config.pos_embed not in (None, "sincos"):
+        raise ValueError(f"--task {config.task} has fixed sine-cosine positions; leave --pos-embed out")
+    if config.task == "fewshot" and config.labels:
+        raise ValueError(f"--task fewshot takes {SHOTS[0]} and {SHOTS[1]} images of each class; leave --labels out")
+    if config.task in (*PRETRAINING, *FROZEN) and isinstance(config.lr, tuple):
+        raise ValueError(f"several --lr are compared by accuracy, and --task {config.task} trains for none; give one")
+    if config.polyak and config.task not in ("supervised", "finetune"):
+        raise ValueError("--polyak averages the weights of a classifier: --task supervised or finetune; leave it out")
+    if config.polyak and config.fsdp:
+        raise ValueError("--polyak keeps a whole copy of the weights, and --fsdp shards them; leave one of them out")
+    if config.task in AUTOENCODERS and config.target in ("dino", "clip") and not config.target_weights:
         raise ValueError(f"--target {config.target} needs the weights of that model: give them with --target-weights")
     if config.randaugment and not config.data.startswith("folder:"):
         raise ValueError("--randaugment works on folder:PATH data alone; leave it out")
@@ -315,7 +377,11 @@ def build(config, dataset, resume=False):
     With --checkpointing a block keeps its input alone, and computes the rest again in the backward pass.
     """
     channels, classes = len(dataset.mean), len(dataset.classes)
-    if config.task in PRETRAINING:
+    if config.task == "mpp":
+        options = dict(pool=config.pool, pos_embed=config.pos_embed)
+        model = mpp.create(config.arch, config.img_size, dataset.mean, dataset.std, **options)
+        start = model.encoder
+    elif config.task in AUTOENCODERS:
         options = dict(mask=config.mask, mask_ratio=config.mask_ratio)
         if config.target in ("dino", "clip"):
             options["frozen"] = hpm.load_frozen(
@@ -325,15 +391,14 @@ def build(config, dataset, resume=False):
         start = model.student
     else:
         classes = classes if config.task in ("supervised", "finetune") else 0
-        model = start = vit.create(
-            config.arch, config.img_size, classes, channels,
-            pool=config.pool, dropout=config.dropout, drop_path=config.drop_path,
-        )  # fmt: skip
+        names = ("pool", "pos_embed", "dropout", "drop_path") if config.arch in vit.ARCHS else ()
+        options = {name: getattr(config, name) for name in names}
+        model = start = vit.create(config.arch, config.img_size, classes, channels, **options)
     if config.init and not (resume and config.task != "linear"):
-        load_weights = hpm.load_weights if config.task in PRETRAINING else vit.load_weights
+        load_weights = hpm.load_weights if config.task in AUTOENCODERS else vit.load_weights
         for note in load_weights(start, config.init):
             say(f"{config.init}: {note}")
-    if config.task in PRETRAINING and model.teacher is not None:
+    if config.task in AUTOENCODERS and model.teacher is not None:
         hpm.ema_update(model.teacher, model.student, 0.0)  # the teacher starts as the student
     if config.checkpointing:
         for module in model.modules():
@@ -361,7 +426,7 @@ def build_optimizer(model, config):
 
 def layer_number(name, depth):
     """0 for what comes before the blocks, i + 1 for block i, depth + 1 for what comes after them."""
-    if name.startswith(("patch_embed", "cls_token", "pos_embed", "norm_pre")):
+    if name.startswith(("patch_embed", "cls_token", "pos_embed", "row_pos_embed", "column_pos_embed", "norm_pre")):
         return 0
     return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
 
@@ -380,10 +445,12 @@ def learning_rate(step, steps, peak, warmup, decay="cosine"):
 def losses_of(model, images, targets, config, step, here):
     """What a task minimises, "loss", and what is logged beside it: scalars by name. here: these rows of the batch."""
     if config.task in PRETRAINING:
-        alpha = hpm.hard_fraction(step, config.steps, *config.alpha)
         noise = data.generator(config.seed, data.MASK, step, device=config.device)
-        out = model(images, alpha, noise, config.batch_size, here)
-        return {name: out[name] for name in ("loss", "rec", "pred", "correlation") if name in out}
+        options = dict(generator=noise, batch=config.batch_size, here=here)
+        if config.task in AUTOENCODERS:
+            options["hard_fraction"] = hpm.hard_fraction(step, config.steps, *config.alpha)
+        out = model(images, **options)
+        return {name: out[name] for name in ("loss", "rec", "pred", "correlation", "accuracy") if name in out}
     # Labels (b,) or, after mixup and CutMix, probabilities (b, classes).
     return {"loss": F.cross_entropy(model(images), targets, label_smoothing=config.smoothing)}
 
@@ -462,8 +529,12 @@ def train(config, model, dataset, out, checkpoint):
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         start, seconds = checkpoint["step"], checkpoint["seconds"]
+    # With --polyak the running average of the weights is what is tested and handed on.
+    tested = copy.deepcopy(model).requires_grad_(False) if config.polyak else model
+    if checkpoint and config.polyak:
+        model.load_state_dict(checkpoint["running"])
     if config.compile:
-        (model.student if pretraining else model).compile()
+        (model.student if config.task in AUTOENCODERS else model).compile()
         if teacher is not None:
             teacher.predict_loss = torch.compile(teacher.predict_loss)
     learner = processes.parallel(model, config.fsdp)
@@ -499,6 +570,8 @@ def train(config, model, dataset, out, checkpoint):
                 line["alpha"] = hpm.hard_fraction(step, config.steps, *config.alpha)
                 line["momentum"] = hpm.ema_momentum(step / epoch)
                 hpm.ema_update(teacher, model.student, line["momentum"])
+            if config.polyak:  # a short run forgets its start sooner: at step t, m is at most (1 + t) / (10 + t)
+                hpm.ema_update(tested, model, min(config.polyak, (1 + step) / (10 + step)))
             bar.update()
 
             done = step + 1
@@ -514,21 +587,55 @@ def train(config, model, dataset, out, checkpoint):
             pending.clear()
             bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{line['lr']:.1e}")
             if evaluating:
-                line |= (evaluate_pretraining if pretraining else evaluate)(model, dataset.test, config)
+                line |= (evaluate_pretraining if pretraining else evaluate)(tested, dataset.test, config)
             log.write(json.dumps(line) + "\n")
             if evaluating or stopping or due:
-                state = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+                state = dict(model=tested.state_dict(), optimizer=optimizer.state_dict())
+                state |= {"running": model.state_dict()} if config.polyak else {}
                 state = processes.whole(state) | dict(step=done, seconds=seconds, config=vars(config))
                 if first_process:
                     save(out / "last.pt", state)
                     plot_curves(out, config)
-                if pretraining:
+                if config.task in AUTOENCODERS:
                     plot_masks(out, config, model, dataset, line.get("alpha", 0.0))
                 saved = time.monotonic()
             if stopping and done < config.steps:
                 return stopping
             clock = time.monotonic()
     return 0
+
+
+def best_learning_rate(config, dataset, out):
+    """The one of --lr that does best on a part of the training images that is held out (ViT, appendix B.1.1).
+
+    Each makes as many steps, and has a run folder of its own in `out`. The best then trains on all images, anew.
+    Raises FloatingPointError if none ends with finite weights.
+    """
+    held_out = data.balanced(dataset.train.labels, max(1, int(HELD_OUT * len(dataset.train))), config.seed)
+    rest = torch.ones(len(dataset.train), dtype=torch.bool).index_fill(0, held_out, False).nonzero()[:, 0]
+    dataset, scores = dataset._replace(train=dataset.train.part(rest), test=dataset.train.part(held_out)), {}
+    for lr in config.lr:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop_now)
+        trial, folder = argparse.Namespace(**vars(config) | {"lr": lr}), out / f"lr-{lr:g}"
+        if processes.RANK == 0:
+            folder.mkdir(exist_ok=True)
+            start_log(folder, trial, None)
+        torch.manual_seed(config.seed)
+        model = build(trial, dataset).to(config.device)
+        probe = linear_probe(model, dataset, trial) if config.task == "linear" else (model, dataset)
+        try:
+            stopped = train(trial, *probe, folder, None)
+        except FloatingPointError as error:
+            say(f"learning rate {lr:g}: {error}")
+            continue
+        if stopped:
+            raise Stopped(stopped)
+        scores[lr] = processes.decide(lambda folder=folder: read_log(folder)[-1]["top1"])
+        say(f"learning rate {lr:g}: {scores[lr]:.2f} % top-1 on {len(held_out):,} training images that were held out")
+    if not scores:
+        raise FloatingPointError("all learning rates diverge")
+    return max(scores, key=scores.get)
 
 
 def load_optimizer(optimizer, saved):
@@ -553,6 +660,7 @@ def finish(config, dataset, out, scores, seconds, params):
     words = {
         "top1": f"{{:.2f}} % top-1 on the test set (chance is {100 / len(dataset.classes):.1f} %)",
         "top5": "{:.2f} % top-5",
+        **{f"top1_{n}shot": f"{{:.2f}} % top-1 from {n} images a class" for n in SHOTS},
         "test_rec": "a reconstruction loss of {:.4f} on test images",
         "test_correlation": "a rank correlation of {:.2f} between predicted and true loss",
     }
@@ -615,6 +723,8 @@ def main(argv=None):
         processes.start(config.device)
         model = build(config, dataset, resume=checkpoint is not None).to(config.device)
         out = processes.decide(lambda: claim(out, given))
+        if isinstance(config.lr, tuple):
+            config.lr = best_learning_rate(config, dataset, out)
         params = sum(p.numel() for p in model.parameters())
         say(describe(config, dataset, params))
         if processes.RANK == 0:
@@ -641,11 +751,15 @@ def main(argv=None):
 
 def run(config, dataset, model, out, checkpoint, params):
     """What follows once everything fits: the exit code."""
-    if config.task == "knn":
-        clock = time.monotonic()
-        features = [extract(model, split, config) for split in (dataset.train, dataset.test)]
-        top1 = nearest_neighbours(*features, len(dataset.classes))
-        scores, seconds = {"top1": top1}, time.monotonic() - clock
+    if config.task in FROZEN:
+        clock, classes = time.monotonic(), len(dataset.classes)
+        (features, labels), test = (extract(model, split, config) for split in (dataset.train, dataset.test))
+        if config.task == "knn":
+            scores = {"top1": nearest_neighbours((features, labels), test, classes)}
+        else:
+            few = {n: data.balanced(labels.cpu(), n * classes, config.seed).to(labels.device) for n in SHOTS}
+            scores = {f"top1_{n}shot": few_shot((features[i], labels[i]), test, classes) for n, i in few.items()}
+        seconds = time.monotonic() - clock
     else:
         probe = linear_probe(model, dataset, config) if config.task == "linear" else (model, dataset)
         stopped = train(config, *probe, out, checkpoint)

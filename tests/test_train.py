@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -213,6 +214,18 @@ BAD = {  # the command: words that its error has to have
     "--epochs inf": "--epochs inf above 0",
     "--lr 0": "--lr 0.0 above 0",
     "--lr nan": "--lr nan above 0",
+    "--lr 0.1,0": "--lr (0.1, 0.0) above 0",
+    "--lr 0.1,": "--lr '0.1,' --help",
+    "--task mae --lr 0.1,0.2": "--lr mae give one",
+    "--polyak 1": "--polyak 1.0 [0, 1)",
+    "--task mae --polyak 0.9": "--polyak --task supervised finetune leave it out",
+    "--pos-embed 3d": "--pos-embed '3d' 2d none relative",
+    "--task hpm --pos-embed 2d": "hpm sine-cosine --pos-embed leave",
+    "--arch resnet50 --dropout 0.1": "--dropout resnet50 leave it out",
+    "--arch resnet50 --task mae": "resnet50 convolutions hidden patches",
+    "--arch r50_vit_b16 --img-size 32 --task mpp": "r50_vit_b16 convolutions hidden patches",
+    "--deduplicate photo": "'photo' photos fashion-mnist",
+    "--task fewshot": "--task fewshot --init",
     "--batch-size 0": "--batch-size 0 above 0",
     "--micro-batch 0": "--micro-batch 0 above 0",
     "--labels 0": "--labels 0 above 0",
@@ -226,6 +239,7 @@ BAD = {  # the command: words that its error has to have
     "--layer-decay 0": "--layer-decay 0.0 (0, 1]",
     "--randaugment 11": "--randaugment 11.0 0 to 10",
     "--randaugment 9": "--randaugment folder:PATH leave it out",
+    "--task fewshot --init init.pt --labels 9": "fewshot 5 10 --labels",
     "--labels 25": "25 24 ask for fewer",
     "--task mae --mask-ratio 0": "mask ratio 0.0 between 0 and 1 0.75",
     "--task mae --mask-ratio 1": "mask ratio 1.0 between 0 and 1 0.75",
@@ -417,7 +431,7 @@ def one_step(command, scale=1.0, head=1.0):
     return before, {name: p.detach() for name, p in model.named_parameters()}, values
 
 
-@pytest.mark.parametrize("task", ["supervised", "mae", "hpm"])
+@pytest.mark.parametrize("task", ["supervised", "mpp", "mae", "hpm"])
 def test_gradients_of_micro_batches_add_up_to_that_of_the_batch(task, small):
     """The mean over a batch is the mean of the means over equal parts; clipping comes after the sum."""
     _, whole, values = one_step(f"--task {task} --weight-decay 0")
@@ -474,7 +488,7 @@ def log(out):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("command", [EVERYTHING, HPM, "--optimizer sgd", "--task mae --target ema"])
+@pytest.mark.parametrize("command", [EVERYTHING, HPM, "--optimizer sgd", "--task mae --target ema", "--polyak 0.9"])
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(command, number, small, no_figures, monkeypatch, capsys):
     """The step in progress is finished and saved. Resumed, the run ends with the same weights, bit for bit."""
     command, kept = f"--arch vit_micro4 --img-size 16 --batch-size 4 --steps 15 --lr 0.01 {command}", {}
@@ -495,7 +509,8 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(command, number, 
 
     saved = checkpoint("parts")
     assert saved["step"] == 8, "the step in progress is finished, and none after it begins"
-    assert not different({name: saved["model"][name] for name in kept[7]}, kept[7])
+    weights = saved.get("running", saved["model"])
+    assert not different({name: weights[name] for name in kept[7]}, kept[7])
     assert log("parts")[-1]["step"] == 8
     assert not Path("parts/result.json").exists()
 
@@ -619,6 +634,8 @@ def test_every_step_has_masks_of_its_own_and_the_alpha_of_its_time(small, no_fig
 LOGGED = {"step", "epoch", "lr", "loss", "seconds", "images_per_second"}
 RUN_FOLDER = {  # command: files beside the five that all have, what is logged, scores, panels in a row of masks.png
     "--task supervised": (set(), set(), {"top1"}, 0),
+    "--task supervised --pos-embed relative --polyak 0.9": (set(), set(), {"top1"}, 0),
+    "--task mpp --pos-embed 2d": (set(), {"rec", "accuracy"}, {"test_rec"}, 0),
     "--task mae": ({"masks.png"}, {"rec"}, {"test_rec"}, 3),
     "--task mae --mask block --target norm-pixels": ({"masks.png"}, {"rec"}, {"test_rec"}, 3),
     "--task hpm": ({"masks.png"}, {"rec", "pred", "correlation"}, {"test_rec", "test_correlation"}, 4),
@@ -652,7 +669,7 @@ def test_a_run_folder_says_what_was_run_how_it_went_and_what_came_out(command, s
     assert lines[-1].keys() >= scores
 
     saved = checkpoint("run")  # weights_only=True: no code is run
-    assert saved.keys() == {"model", "optimizer", "step", "seconds", "config"}
+    assert saved.keys() - {"running"} == {"model", "optimizer", "step", "seconds", "config"}
     assert saved["step"] == 3
     with Image.open("run/curves.png") as image:
         assert image.size == (1200, 432)
@@ -892,6 +909,91 @@ def test_fine_tuning_at_a_higher_resolution_says_what_became_of_the_positions(
     """ViT, section 3.2: learned positions are interpolated; fixed ones are a formula."""
     assert run(f"--task finetune --init {pretrained[task]} {command} --batch-size 4 --steps 2 --out run") == 0
     assert note in capsys.readouterr().out
+
+
+def test_few_examples_are_as_many_of_each_class(pretrained, small, no_figures, monkeypatch, capsys):
+    """The larger number is taken from the training images, and the smaller one from these."""
+    monkeypatch.setattr(train, "SHOTS", (2, 7))
+    seen = []
+    few_shot = train.few_shot
+    monkeypatch.setattr(train, "few_shot", lambda *given: (seen.append(given[0][1]), few_shot(*given))[1])
+    init = f"--arch vit_micro4 --img-size 16 --init {pretrained['hpm']}"
+    assert run(f"--task fewshot {init} --out run") == 0
+    assert [labels.bincount().tolist() for labels in seen] == [[2, 2, 2], [7, 7, 7]]
+    result = json.loads(Path("run/result.json").read_text())
+    assert result["top1_7shot"] >= 80
+    assert f"{result['top1_2shot']:.2f} % top-1 from 2 images a class" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_several_learning_rates_are_compared_on_held_out_training_images(small, no_figures, monkeypatch, capsys):
+    """ViT, appendix B.1.1: each trains on the rest, the best then on all; one that diverges has lost."""
+    runs, top1 = [], {0.1: 40.0, 0.2: 60.0, 0.3: 50.0}
+
+    def evaluate(model, split, config):
+        runs.append((config.lr, len(split)))
+        return {"top1": top1[config.lr]}
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(train, "HELD_OUT", 0.25)
+    assert run(f"{MICRO} --optimizer sgd --lr 0.1,0.2,1e30,0.3 --out run") == 0
+    assert runs == [(0.1, 6), (0.2, 6), (0.3, 6), (0.2, 10)]
+    assert json.loads(Path("run/config.json").read_text())["lr"] == 0.2
+    told = capsys.readouterr().out
+    assert "learning rate 0.2: 60.00 % top-1 on 6 training images that were held out" in told
+    assert re.search(r"learning rate 1e\+30: step \d is not finite", told)
+
+
+def test_held_out_images_are_in_no_trial(small, no_figures, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        train, "train", lambda c, m, d, *rest: seen.append([part.images for part in (d.train, d.test)]) or 0
+    )
+    monkeypatch.setattr(train, "read_log", lambda folder: [{"top1": 1.0}])
+    config, dataset = settings(f"{MICRO} --lr 0.1,0.2")
+    assert train.best_learning_rate(config, dataset, Path(".")) == 0.1
+    train_images, held_out = seen[0]
+    together = torch.cat([train_images, held_out]).flatten(1).tolist()
+    assert sorted(together) == sorted(small_photos().train.images.flatten(1).tolist())
+
+
+def test_polyak_averages_the_weights_of_all_steps(small, no_figures, monkeypatch):
+    """θ̄ ← m θ̄ + (1 - m) θ, m no larger than (1 + t) / (10 + t); θ̄ is tested and saved, θ trains on."""
+    weights, tested = [], []
+    watch(monkeypatch, lambda step, model, config: weights.append(model.head.weight.detach().double().clone()))
+    monkeypatch.setattr(train, "evaluate", lambda model, *_: tested.append(model.head.weight.clone()) or {"top1": 0.0})
+    assert run(f"{MICRO} --steps 6 --polyak 0.2 --lr 0.1 --out run") == 0
+    average = torch.zeros_like(weights[0])  # the head starts at zero
+    for t, theta in enumerate(weights):
+        m = min(0.2, (1 + t) / (10 + t))
+        average = m * average + (1 - m) * theta
+    torch.testing.assert_close(tested[-1].double(), average, atol=1e-6, rtol=0)
+    torch.testing.assert_close(checkpoint("run")["model"]["head.weight"].double(), average, atol=1e-6, rtol=0)
+    assert torch.equal(checkpoint("run")["running"]["head.weight"].double(), weights[-1])
+
+
+def test_training_images_that_occur_in_a_test_set_are_dropped_and_counted(monkeypatch, capsys):
+    """The ViT paper cleans what it pre-trains on of the test images of all that it transfers to."""
+    crops = data.photos((16, 16)).test.images
+    splits = [data.InMemory(part, torch.arange(len(part)) % 3, *PLAIN) for part in (crops[:20], crops[17:30])]
+    twice = data.Dataset("photos", ["red", "green", "blue"], *PLAIN, *splits)
+    monkeypatch.setattr(data, "photos", lambda size: twice)
+    monkeypatch.setattr(data, "occurring", lambda split, others: torch.arange(20) >= 17)
+    _, dataset = settings(f"{MICRO} --deduplicate photos")
+    assert len(dataset.train) == 17
+    assert torch.equal(dataset.train.images, crops[:17])
+    assert "dropped 3 of 20 training images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arch", ["resnet50", "r26_vit_s32"])
+def test_convolutional_archs_train_fine_tune_and_are_probed(arch, small, no_figures, monkeypatch):
+    """`supervised`, `finetune` and `linear` of the baseline and the hybrid, here with two stages of one bottleneck."""
+    table, key = (train.resnet.ARCHS, "depths") if arch == "resnet50" else (vit.ARCHS, "backbone")
+    monkeypatch.setitem(table, arch, table[arch] | {key: (1, 1)} | ({} if key == "depths" else {"depth": 1}))
+    common = f"--arch {arch} --img-size 32 --batch-size 4 --steps 3"
+    assert run(f"{common} --out first") == 0
+    for task in ("finetune", "linear"):
+        assert run(f"{common} --task {task} --init first/last.pt --out {task}") == 0
+        assert "top1" in json.loads(Path(task, "result.json").read_text())
 
 
 @pytest.mark.parametrize("task", ["linear", "knn"])
