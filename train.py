@@ -377,8 +377,9 @@ def build(config, dataset, resume=False):
     With --checkpointing a block keeps its input alone, and computes the rest again in the backward pass.
     """
     channels, classes = len(dataset.mean), len(dataset.classes)
+    names = ("pool", "pos_embed", "dropout", "drop_path") if config.arch in vit.ARCHS else ()
+    options = {name: getattr(config, name) for name in names}
     if config.task == "mpp":
-        options = dict(pool=config.pool, pos_embed=config.pos_embed)
         model = mpp.create(config.arch, config.img_size, dataset.mean, dataset.std, **options)
         start = model.encoder
     elif config.task in AUTOENCODERS:
@@ -391,8 +392,6 @@ def build(config, dataset, resume=False):
         start = model.student
     else:
         classes = classes if config.task in ("supervised", "finetune") else 0
-        names = ("pool", "pos_embed", "dropout", "drop_path") if config.arch in vit.ARCHS else ()
-        options = {name: getattr(config, name) for name in names}
         model = start = vit.create(config.arch, config.img_size, classes, channels, **options)
     if config.init and not (resume and config.task != "linear"):
         load_weights = hpm.load_weights if config.task in AUTOENCODERS else vit.load_weights

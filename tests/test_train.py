@@ -612,8 +612,8 @@ def test_every_step_has_masks_of_its_own_and_the_alpha_of_its_time(small, no_fig
     """HPM, easy to hard: α_t = α_0 + t/T (α_T - α_0). Masks depend on seed and step, random ones on nothing else."""
     original, alphas, masks = hpm.HPM.forward, [], []
 
-    def forward(self, images, hard_fraction, *rest):
-        out = original(self, images, hard_fraction, *rest)
+    def forward(self, images, hard_fraction=0.0, **rest):
+        out = original(self, images, hard_fraction, **rest)
         if self.training:
             alphas.append(hard_fraction)
             masks.append(out["mask"])
