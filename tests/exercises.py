@@ -239,13 +239,18 @@ def is_blank(function):
     return ast.unparse(body).startswith("raise NotImplementedError('exercise ") if len(body) == 1 else not body
 
 
+def first_line(function):
+    """The index of the line where its body starts, after the docstring."""
+    first = function.body[0]
+    return first.end_lineno if ast.get_docstring(function) is not None else first.lineno - 1
+
+
 def blank(text, exercise, path):
     """The text with this function's body replaced; its signature, its docstring and everything else stay."""
     function, lines = definition(parse(text, path), exercise.name), text.split("\n")
-    first = function.body[0]
-    start = first.end_lineno if ast.get_docstring(function) is not None else first.lineno - 1
     message = f"exercise {exercise.number}: {exercise.equation}"
-    lines[start : function.end_lineno] = [f'{" " * first.col_offset}raise NotImplementedError("{message}")']
+    indent = " " * function.body[0].col_offset
+    lines[first_line(function) : function.end_lineno] = [f'{indent}raise NotImplementedError("{message}")']
     return "\n".join(lines)
 
 

@@ -244,7 +244,7 @@ def test_a_hard_mask_hides_the_patches_with_the_largest_predicted_loss(fraction,
 
 
 @pytest.mark.exercise("hard_mask")
-@pytest.mark.parametrize(("fraction", "guided"), [(0, 0), (0.5, 6), (0.7, 8)])
+@pytest.mark.parametrize(("fraction", "guided"), [(0, 0), (0.5, 6), (0.65, 7), (0.7, 8)])
 def test_the_rest_of_a_hard_mask_is_uniform_over_all_other_patches(fraction, guided):
     """Not only over the easy half, and never less than the rest: of N - g others, n - g are hidden (n = 12, N = 16)."""
     predicted = random(1, 16)
@@ -555,6 +555,19 @@ def test_the_student_reconstructs_hidden_patches_from_visible_ones_and_predicts_
         oracle = student_loops(model.student, images[b].numpy(), visible[b].tolist(), hidden[b].tolist())
         equal(prediction[b], oracle[0], "the reconstruction of the hidden patches")
         equal(predicted_loss[b], oracle[1], "one predicted loss for each hidden patch")
+
+
+@pytest.mark.exercise("Autoencoder.forward")
+@pytest.mark.parametrize("answer", ["prediction", "predicted loss"])
+def test_the_encoder_learns_from_both_decoders(answer):
+    """L_rec and L_pred train f_θ together."""
+    model = small()
+    _, visible, hidden = split(model)
+    answers = model.student(images_of(model), visible, hidden)
+    answers[answer == "predicted loss"].square().sum().backward()
+    gradient = model.student.encoder.patch_embed.proj.weight.grad
+    assert gradient is not None, f"no gradient comes from the {answer} to the encoder"
+    assert gradient.any(), f"no gradient comes from the {answer} to the encoder"
 
 
 @pytest.mark.exercise("Autoencoder.forward")

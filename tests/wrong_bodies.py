@@ -75,7 +75,7 @@ WRONG_BODIES = {
         ("no U_msa", "self.proj(sa.transpose(1, 2).reshape(B, T, D))", "sa.transpose(1, 2).reshape(B, T, D)"),
         ("no dropout", "self.dropout(msa)", "msa"),
         ("dropout on qkv too", "self.qkv(z).reshape", "self.dropout(self.qkv(z)).reshape"),
-        ("heads not told apart", "q, k, v=v, A=A, sa=sa", "q, k, v=v, A=A.mean(dim=1), sa=sa"),
+        ("heads not told apart", "A=A, sa=sa", "A=A.mean(dim=1), sa=sa"),
     ],
     "MLP.forward": [
         ("the exact GELU always", "approximate=self.gelu", 'approximate="none"'),
@@ -448,9 +448,9 @@ WRONG_BODIES = {
             "compare(teacher_loss.gather(1, hidden) + 0 * predicted_loss",
         ),
         (
-            "pairs over visible patches",
+            "pairs over visible patches too",
             "compare(predicted_loss.float(), patch_loss.detach())",
-            "compare(*(torch.zeros(mask.shape).scatter(1, hidden, v.float()) for v in (predicted_loss, patch_loss.detach())))",
+            "compare(*(torch.zeros(mask.shape).scatter(1, hidden, v.float()) for v in (predicted_loss, patch_loss)))",
         ),
         ("L_pred left out", 'out["rec"] + out["pred"]', 'out["rec"]'),
         ("L_pred subtracted", 'out["rec"] + out["pred"]', 'out["rec"] - out["pred"]'),
