@@ -388,7 +388,7 @@ class HPM(nn.Module):
         loss             L = L_rec + L_pred, to be minimised
         rec, pred        its two parts; rec is the mean of patch_loss
         correlation      Spearman's, between predicted_loss and patch_loss
-        mask             (B, N) bool; hidden (B, n), visible (B, v): the indices
+        mask             (B, N) bool; hidden (B, n), visible (B, v): the indices, in order
         prediction       (B, n, outputs);  patch_loss (B, n), predicted_loss (B, n): the student's, for hidden patches
         teacher_loss     (B, N): what the teacher predicted, for all patches
         """

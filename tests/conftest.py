@@ -26,6 +26,7 @@ class Grading:
     def __init__(self):
         self.outcomes = {exercise.name: set() for exercise in exercises.EXERCISES}
 
+    @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, config, items):
         try:
             if not any(exercise.path.exists() for exercise in exercises.EXERCISES):
@@ -37,6 +38,8 @@ class Grading:
             raise pytest.UsageError(str(error)) from None
         config.hook.pytest_deselected(items=[item for item in items if item not in marked])
         items[:] = sorted(marked, key=lambda item: exercise_of(item).number)
+        for item in items:
+            item.extra_keyword_matches.add(exercise_of(item).name)  # for -k
 
     @pytest.fixture(autouse=True)
     def answer(self, request):
@@ -55,7 +58,8 @@ class Grading:
         if report.failed or report.when == "call":
             self.outcomes[exercise.name].add(report.outcome)
         if report.failed:
-            report.sections.append((f"exercise {exercise.number}: the usual reasons", exercise.usual))
+            reasons = "\n".join(f"- {reason}" for reason in exercise.usual.split("; "))
+            report.sections.append((f"exercise {exercise.number}, {exercise.name}: the usual reasons", reasons))
         return report
 
     def state(self, exercise):
@@ -64,7 +68,9 @@ class Grading:
             return "not started"
         return "failing" if "failed" in outcomes else "solved" if "passed" in outcomes else "not graded"
 
+    @pytest.hookimpl(wrapper=True, tryfirst=True)  # after all that pytest itself has to say
     def pytest_terminal_summary(self, terminalreporter):
+        yield
         states = {exercise.name: self.state(exercise) for exercise in exercises.EXERCISES}
         terminalreporter.section("exercises")
         for line in [*exercises.progress(states), "", exercises.following(states)]:

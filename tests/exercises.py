@@ -35,13 +35,14 @@ class Row(NamedTuple):
     what: str
     notebook: str  # has a heading that ends in "(row N)"
     cites: str  # in the source or docstring of a function of this row
-    test: str  # compares it with an independent oracle
+    tests: str  # compare with an independent oracle
 
 
 ROWS = [
     Row("an image is a sequence of patches, and back", "01_image_to_tokens", "section 3.1",
         "test_patches_run_row_by_row_and_so_do_their_pixels_channel_last"),
     Row("ViT (1): z_0, patches through E, and positions", "01_image_to_tokens", "eq. 1",
+        "test_patch_embedding_is_a_linear_map_of_each_patch "
         "test_z0_is_the_class_token_and_the_patches_each_with_its_position"),
     Row("ViT (5): q, k, v", "02_attention", "eq. 5", "test_attention_is_equations_5_to_8_for_each_head"),
     Row("ViT (6): attention weights A", "02_attention", "eq. 6", "test_attention_is_equations_5_to_8_for_each_head"),
@@ -50,15 +51,21 @@ ROWS = [
     Row("ViT (2), (3): the encoder block", "03_encoder", "eq. 2", "test_block_is_equations_2_and_3"),
     Row("ViT (4): the image representation y", "03_encoder", "eq. 4", "test_a_complete_forward_equals_the_loops"),
     Row("positions for another grid", "04_higher_resolution", "section 3.2",
-        "test_resized_positions_equal_torchs_antialiased_bicubic"),
+        "test_interpolation_is_a_matrix_for_each_axis test_resized_positions_equal_torchs_antialiased_bicubic"),
     Row("2-D sine-cosine positions", "01_image_to_tokens", "section 3.5",
         "test_sine_cosine_positions_encode_the_column_then_the_row"),
     Row("warm-up and decay of the learning rate", "03_encoder", "appendix B.1",
         "test_the_learning_rate_warms_up_and_decays"),
     Row("attention distance, rollout, similar positions", "05_looking_inside", "figure 7",
-        "test_attention_distance_is_the_mean_distance_in_pixels"),
-    Row("L_rec, on hidden patches", "06_masked_autoencoder", "L_rec", "test_reconstruction_loss_is_one_number_a_patch"),
-    Row("targets 𝒯", "06_masked_autoencoder", "𝒯", "test_each_target_has_its_width_and_its_metric"),
+        "test_attention_distance_is_the_mean_distance_in_pixels "
+        "test_attention_rollout_multiplies_the_layers_with_their_residuals "
+        "test_position_similarity_is_the_cosine_of_every_pair"),
+    Row("L_rec, on hidden patches", "06_masked_autoencoder", "L_rec",
+        "test_reconstruction_loss_is_one_number_a_patch "
+        "test_the_student_reconstructs_hidden_patches_from_visible_ones_and_predicts_its_loss"),
+    Row("targets 𝒯", "06_masked_autoencoder", "𝒯",
+        "test_patches_are_normalised_with_the_unbiased_variance test_hog_equals_scikit_images_for_each_channel "
+        "test_each_target_has_its_width_and_its_metric"),
     Row("metrics 𝓜", "06_masked_autoencoder", "𝓜", "test_reconstruction_loss_is_one_number_a_patch"),
     Row("random, block and grid masks", "06_masked_autoencoder", "MAE",
         "test_every_row_of_a_mask_hides_exactly_the_same_number"),
@@ -399,9 +406,9 @@ def ledger():
         exercises = [exercise for exercise in EXERCISES if number in exercise.rows]
         functions = ", ".join(f"`{name}`" for name in citing(number))
         notebook = f"[{section(number)}](../notebooks/{row.notebook}.ipynb)" if section(number) else ""
-        file = f"test_{exercises[0].module}.py"
+        tests = ", ".join(f"[`{test}`](test_{exercises[0].module}.py)" for test in row.tests.split())
         names = ", ".join(f"{exercise.number} `{exercise.name}`" for exercise in exercises)
-        lines.append(f"| {number} | {row.what} | {functions} | {notebook} | [`{row.test}`]({file}) | {names} |")
+        lines.append(f"| {number} | {row.what} | {functions} | {notebook} | {tests} | {names} |")
     return "\n".join(lines) + "\n"
 
 

@@ -27,6 +27,7 @@ from tests.test_vit import arrays, block_loops, embed_loops, layer_norm_loops, l
 
 def equal(ours, oracle, what="", atol=1e-10):
     """Same shape and same numbers, or a failure that says what differs."""
+    __tracebackhide__ = True
     assert tuple(ours.shape) == np.shape(oracle), f"shape {tuple(ours.shape)} instead of {np.shape(oracle)}. {what}"
     np.testing.assert_allclose(ours.detach().double().numpy(), oracle, rtol=0, atol=atol, err_msg=what)
 
@@ -136,8 +137,8 @@ def test_every_row_of_a_mask_hides_exactly_the_same_number(kind):
 @each_kind
 def test_the_generator_decides_the_mask_and_each_image_has_its_own(kind):
     first, again, other = (draw(kind, 8, (7, 7), 0.6, seed) for seed in (1, 1, 2))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+    assert torch.equal(first, again), "the same seed, another mask: does all chance come from the generator?"
+    assert not torch.equal(first, other), "another seed, the same mask: does the generator matter?"
     assert len({tuple(row.tolist()) for row in first}) == 8, "two images share a mask"
 
 
@@ -151,8 +152,8 @@ def frequencies(mask):
 def test_random_masks_hide_all_patches_and_all_pairs_equally_often():
     """n / N, and n (n - 1) / (N (N - 1)) for pairs; the bounds are about five standard deviations."""
     one, two = frequencies(draw("random", 20000, (4, 4), 0.75))
-    equal(one, np.full(16, 12 / 16), atol=0.016)
-    equal(two[~torch.eye(16, dtype=torch.bool)], np.full(240, 12 / 16 * 11 / 15), atol=0.018)
+    equal(one, np.full(16, 12 / 16), "some patches are hidden more often than others", atol=0.016)
+    equal(two[~torch.eye(16, dtype=torch.bool)], np.full(240, 12 / 16 * 11 / 15), "some pairs are", atol=0.018)
 
 
 @pytest.mark.exercise("grid_mask")
@@ -160,7 +161,8 @@ def test_random_masks_hide_all_patches_and_all_pairs_equally_often():
 def test_a_grid_mask_at_75_percent_keeps_the_top_left_patch_of_each_2_by_2(grid):
     """MAE, figure 6; on an even grid nothing is left to chance."""
     keeps = [[row % 2 == 0 and column % 2 == 0 for column in range(grid[1])] for row in range(grid[0])]
-    assert torch.equal(draw("grid", 4, grid, 0.75), ~torch.tensor(keeps).flatten().expand(4, -1))
+    mask = draw("grid", 4, grid, 0.75).reshape(4, *grid)
+    equal(mask, ~np.array([keeps] * 4), "1 is hidden, 0 is kept: the top left of each 2 x 2")
 
 
 @pytest.mark.exercise("grid_mask")
@@ -170,7 +172,9 @@ def test_a_grid_mask_hides_the_patches_of_the_grid_last(ratio):
     mask = draw("grid", 8, (14, 14), ratio).reshape(8, 14, 14)
     kept, others = mask[:, ::2, ::2], mask.clone()
     others[:, ::2, ::2] = True
-    assert others.all() if ratio > 0.75 else not kept.any()
+    assert others.all() if ratio > 0.75 else not kept.any(), (
+        "others stayed visible while patches of the grid are hidden"
+    )
 
 
 def neighbours(mask, grid):
@@ -190,7 +194,9 @@ def test_a_block_mask_hides_connected_rectangles(ratio):
     """At random, a pair of neighbours is hidden with probability ratio²; blocks hide at least 1.4 times as many."""
     blocks, noise = (neighbours(draw(kind, 64, (14, 14), ratio), (14, 14)) for kind in ("block", "random"))
     assert noise == pytest.approx(ratio**2 * 2 * 14 * 13, rel=0.1)
-    assert blocks > 1.4 * noise
+    assert blocks > 1.4 * noise, (
+        "as scattered as at random: neighbours, on a grid of rows and columns, belong to a block"
+    )
 
 
 @pytest.mark.exercise("block_mask")
@@ -201,7 +207,7 @@ def test_blocks_are_rectangles_on_a_wide_grid_too():
         for mask in (draw(kind, 256, (4, 36), 0.25).reshape(256, 4, 36) for kind in ("block", "random"))
     ]
     assert above[1] == pytest.approx(0.25**2, rel=0.1)
-    assert above[0] > 1.4 * above[1]
+    assert above[0] > 1.4 * above[1], "patches above each other are hidden together no more often than at random"
 
 
 @pytest.mark.exercise("block_mask")
@@ -251,16 +257,16 @@ def test_the_rest_of_a_hard_mask_is_uniform_over_all_other_patches(fraction, gui
     easy = predicted[0].argsort()[: 16 - guided]
     one, two = frequencies(hpm.hard_mask(predicted.expand(20000, -1), 0.75, fraction, seeded()))
     m, M = 12 - guided, 16 - guided
-    equal(one[easy], np.full(M, m / M), atol=0.02)
+    equal(one[easy], np.full(M, m / M), "how often each of the others is hidden", atol=0.02)
     pairs = two[easy][:, easy][~torch.eye(M, dtype=torch.bool)]
-    equal(pairs, np.full(M * (M - 1), m / M * (m - 1) / (M - 1)), atol=0.02)
+    equal(pairs, np.full(M * (M - 1), m / M * (m - 1) / (M - 1)), "how often each pair of them is", atol=0.02)
 
 
 @pytest.mark.exercise("hard_mask")
 def test_a_hard_mask_without_guidance_ignores_the_prediction():
     masks = [hpm.hard_mask(loss, 0.75, 0.0, seeded()) for loss in (random(8, 49), -random(8, 49), torch.zeros(8, 49))]
-    assert torch.equal(masks[0], masks[1])
-    assert torch.equal(masks[0], masks[2].to(masks[0]))
+    for mask in masks[1:]:
+        assert torch.equal(masks[0], mask), "with a share of 0 the mask depends on the generator alone"
 
 
 @pytest.mark.exercise("hard_mask")
@@ -270,11 +276,11 @@ def test_equal_predictions_do_not_change_the_count(fraction):
     predicted = random(16, 49).round()  # about five values
     for loss in (predicted, torch.zeros(16, 49)):
         mask = hpm.hard_mask(loss, 0.75, fraction, seeded())
-        assert mask.sum(dim=1).tolist() == [37] * 16
+        assert mask.sum(dim=1).tolist() == [37] * 16, "37 are to be hidden, however many predictions are equal"
         guided = int(37 * fraction)
         if guided:  # whatever is above the smallest of the guided values is hidden
             threshold = loss.sort(dim=1, descending=True).values[:, guided - 1 : guided]
-            assert mask[loss > threshold].all()
+            assert mask[loss > threshold].all(), "one of the hardest patches stayed visible"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -348,7 +354,8 @@ def hog_loops(image, P):
 def test_hog_of_small_patches_is_one_cell_a_patch():
     """8 does not divide 4, so the cell is the patch; the grid is not square."""
     images = smooth(2, 2, 8, 12)
-    equal(hpm.hog(images, 4), np.stack([hog_loops(image, 4) for image in images.numpy()]))
+    oracle = np.stack([hog_loops(image, 4) for image in images.numpy()])
+    equal(hpm.hog(images, 4), oracle, "one histogram for each channel of a patch, each of length 1")
 
 
 @pytest.mark.exercise("hog")
@@ -388,7 +395,9 @@ def test_reconstruction_loss_is_one_number_a_patch(metric):
     prediction, target = 1.5 * random(2, 3, 8), random(2, 3, 8, seed=2)
     assert 0 < ((prediction - target).abs() < 1).sum() < 48, "both branches of smooth l1 are to be seen"
     oracle = [[METRICS[metric](prediction[b, i].tolist(), target[b, i].tolist()) for i in range(3)] for b in range(2)]
-    equal(hpm.reconstruction_loss(prediction, target, metric), np.array(oracle))
+    equal(
+        hpm.reconstruction_loss(prediction, target, metric), np.array(oracle), f"{metric}: over which axis? what scale?"
+    )
 
 
 @pytest.mark.exercise("reconstruction_loss")
@@ -443,7 +452,7 @@ def test_the_predictors_loss_and_its_gradient_equal_the_loops(name, ties):
     oracle, gradient = LOOPS[name](predicted.detach().numpy(), true.numpy())
     equal(loss, oracle, "the mean is over all pairs of the batch that are no tie")
     loss.backward()
-    equal(predicted.grad, gradient)
+    equal(predicted.grad, gradient, "the gradient of the loss")
 
 
 @pytest.mark.exercise("relative_loss")
@@ -452,7 +461,7 @@ def test_the_relative_loss_without_any_pair_is_zero():
     predicted = random(2, 5).requires_grad_()
     loss = hpm.relative_loss(predicted, torch.ones(2, 5, dtype=torch.float64))
     loss.backward()
-    assert loss.item() == 0
+    assert loss.item() == 0, "0 / 0?"
     equal(predicted.grad, np.zeros((2, 5)))
 
 
@@ -472,7 +481,7 @@ def test_the_true_losses_get_no_gradient(name):
     """They are a target: the decoder must not learn to make patches as hard as they were predicted to be."""
     true = random(2, 5).requires_grad_()
     getattr(hpm, name)(random(2, 5, seed=2).requires_grad_(), true).backward()
-    assert true.grad is None or not true.grad.any()
+    assert true.grad is None or not true.grad.any(), "a gradient reaches the true losses"
 
 
 def allocated_peak(run):
@@ -709,16 +718,17 @@ def test_momentum_0_copies_bit_for_bit_and_momentum_1_changes_nothing():
     for momentum in (0.0, 1.0):
         model = small().float()
         teacher, student = (dict(part.named_parameters()) for part in (model.teacher, model.student))
-        oracle = {name: (teacher if momentum else student)[name].clone() for name in teacher}
+        oracle = {name: (teacher if momentum else student)[name].detach().clone() for name in teacher}
         hpm.ema_update(model.teacher, model.student, momentum)
-        assert all(torch.equal(teacher[name], value) for name, value in oracle.items())
+        for name, value in oracle.items():
+            equal(teacher[name], value.numpy(), f"{name} with momentum {momentum}", atol=0)
 
 
 @pytest.mark.exercise("ema_momentum")
 @pytest.mark.parametrize(("epoch", "momentum"), [(0, 0.999), (50, 0.99945), (100, 0.9999), (200, 0.9999)])
 def test_momentum_rises_over_the_first_100_epochs(epoch, momentum):
     """HPM: from 0.999 in a straight line to 0.9999, and stays there."""
-    assert hpm.ema_momentum(epoch) == pytest.approx(momentum, abs=1e-12)
+    assert hpm.ema_momentum(epoch) == pytest.approx(momentum, abs=1e-12), f"at epoch {epoch}"
 
 
 def test_the_teacher_is_the_students_equal_without_reconstruction_and_without_gradient():
@@ -742,25 +752,27 @@ def test_a_step_is_the_equations_put_together(target):
     model = small(target=target)
     images, teacher = images_of(model), model.teacher
     out = model(images, 0.5, seeded(3))
-    equal(out["teacher_loss"], teacher.predict_loss(images)[0].numpy())
-    assert not out["teacher_loss"].requires_grad
-    assert torch.equal(out["mask"], hpm.hard_mask(out["teacher_loss"], 0.75, 0.5, seeded(3)))
+    equal(out["teacher_loss"], teacher.predict_loss(images)[0].numpy(), "what the teacher predicts for whole images")
+    assert not out["teacher_loss"].requires_grad, "the teacher learns nothing from this"
+    assert torch.equal(out["mask"], hpm.hard_mask(out["teacher_loss"], 0.75, 0.5, seeded(3))), "not the mask of it"
 
     patches = vit.patchify(images, 4).tolist()
     rec, losses = 0.0, np.zeros((3, 18))
     for b, row in enumerate(out["mask"].tolist()):
         hidden = [i for i in range(24) if row[i]]
-        assert out["hidden"][b].tolist() == hidden
-        assert out["visible"][b].tolist() == [i for i in range(24) if not row[i]]
+        assert out["hidden"][b].tolist() == hidden, "True in the mask is hidden; the indices in order"
+        assert out["visible"][b].tolist() == [i for i in range(24) if not row[i]], "False is visible"
         for k, i in enumerate(hidden):
             patch = normalise_loops(patches[b][i])[0] if target == "norm-pixels" else patches[b][i]
             losses[b, k] = METRICS["l2"](out["prediction"][b, k].tolist(), patch)
             rec += losses[b, k] / (3 * 18)
     equal(out["patch_loss"], losses, "losses are computed in float32", atol=1e-4)
     pred, _ = relative_loops(out["predicted_loss"].detach().numpy(), losses)
-    assert out["rec"].item() == pytest.approx(rec, rel=1e-5)
-    assert out["pred"].item() == pytest.approx(pred, rel=1e-5)
-    assert out["loss"].item() == pytest.approx(rec + pred, rel=1e-5)
+    assert out["rec"].item() == pytest.approx(rec, rel=1e-5), "L_rec: the mean over hidden patches"
+    assert out["pred"].item() == pytest.approx(pred, rel=1e-5), (
+        "L_pred: the pairs of hidden patches, the student's loss"
+    )
+    assert out["loss"].item() == pytest.approx(rec + pred, rel=1e-5), "L = L_rec + L_pred"
     oracle = [scipy.stats.spearmanr(*v).statistic for v in zip(out["predicted_loss"].tolist(), losses, strict=True)]
     assert out["correlation"].item() == pytest.approx(sum(oracle) / 3, abs=1e-5)
 
@@ -777,7 +789,8 @@ def test_only_hidden_patches_have_a_loss():
         assert out["prediction"].shape == (3, 18, 32), "the decoder answers for hidden patches alone"
         gradient = torch.autograd.grad(out["loss"], model.student.decoder.pred.weight)[0]
         results.append((out["loss"], out["pred"], gradient))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    for what, a, b in zip(("loss", "pred", "gradient"), *results, strict=True):
+        assert torch.equal(a, b), f"the {what} depends on the target of visible patches"
 
 
 @pytest.mark.exercise("HPM.forward")
@@ -786,9 +799,10 @@ def test_the_predictors_loss_does_not_change_the_reconstruction_decoder():
     model = small()
     model(images_of(model), 0.5, seeded())["pred"].backward()
     student = model.student
-    assert all(p.grad is None or not p.grad.any() for p in student.decoder.parameters())
+    assert all(p.grad is None or not p.grad.any() for p in student.decoder.parameters()), "L_pred changes the decoder"
     for part in (student.loss_predictor, student.encoder, student.decoder_embed):
-        assert all(p.grad.any() for p in part.parameters() if p.requires_grad and p.grad.numel() > 1)
+        parameters = [p for p in part.parameters() if p.requires_grad and p.numel() > 1]
+        assert all(p.grad is not None and p.grad.any() for p in parameters), "L_pred trains predictor and encoder"
 
 
 @pytest.mark.exercise("HPM.forward")
@@ -829,7 +843,7 @@ def test_the_mask_option_picks_its_mask(mask):
         "grid": lambda: hpm.grid_mask(3, grid, 0.75, random_numbers),
         "hard": lambda: hpm.hard_mask(model.teacher.predict_loss(images_of(model))[0], 0.75, 1.0),
     }[mask]()
-    assert torch.equal(out["mask"], oracle)
+    assert torch.equal(out["mask"], oracle), f"not the {mask} mask of this generator"
 
 
 def frozen_for(target):
@@ -858,7 +872,7 @@ def test_each_target_has_its_width_and_its_metric(target):
         "clip": lambda: model.frozen.head(model.frozen.encode(images)[:, 1:]),
     }[target]()
     targets = model.targets(images, features)
-    equal(targets, oracle.numpy())
+    equal(targets, oracle.numpy(), f"the target {target}")
     assert targets.shape == (3, 24, WIDTHS[target])
     assert not targets.requires_grad
     assert out["prediction"].shape == (3, 18, WIDTHS[target])

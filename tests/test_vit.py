@@ -23,6 +23,7 @@ import vit
 
 def equal(ours, oracle, what="", atol=1e-10):
     """Same shape and same numbers, or a failure that says what differs."""
+    __tracebackhide__ = True
     assert tuple(ours.shape) == np.shape(oracle), f"shape {tuple(ours.shape)} instead of {np.shape(oracle)}. {what}"
     np.testing.assert_allclose(ours.detach().double().numpy(), oracle, rtol=0, atol=atol, err_msg=what)
 
@@ -73,8 +74,8 @@ def test_patches_run_row_by_row_and_so_do_their_pixels_channel_last(height, widt
 @pytest.mark.exercise("unpatchify")
 def test_unpatchify_is_the_inverse_of_patchify():
     images, patches = random(2, 3, 4, 6), random(2, 6, 12)
-    equal(vit.unpatchify(vit.patchify(images, 2), 2, (2, 3)), images.numpy())
-    equal(vit.patchify(vit.unpatchify(patches, 2, (2, 3)), 2), patches.numpy())
+    equal(vit.unpatchify(vit.patchify(images, 2), 2, (2, 3)), images.numpy(), "pixels at other places of the image")
+    equal(vit.patchify(vit.unpatchify(patches, 2, (2, 3)), 2), patches.numpy(), "patches in another order")
 
 
 @pytest.mark.exercise("patchify")
@@ -123,7 +124,8 @@ def test_patch_embedding_is_a_convolution_with_stride_p():
     """The same numbers from torch's conv2d on the image: so a checkpoint's convolution loads as it is."""
     embed, images = filled(vit.PatchEmbed(2, 3, 8)), random(2, 3, 4, 6)
     reference = F.conv2d(images, embed.proj.weight, embed.proj.bias, stride=2)  # (B, D, rows, columns)
-    equal(embed(vit.patchify(images, 2)), reference.flatten(2).transpose(1, 2).detach().numpy())
+    reference = reference.flatten(2).transpose(1, 2).detach().numpy()
+    equal(embed(vit.patchify(images, 2)), reference, "which axes of the weights belong to a pixel's place?")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -224,9 +226,9 @@ def test_resizing_keeps_tokens_that_have_no_place(prefix, original):
     pos_embed = random(1, prefix + 6, 8).float()
     resized = vit.resize_pos_embed(pos_embed, (2, 3), (4, 5), prefix, original)
     patches_alone = vit.resize_pos_embed(pos_embed[:, prefix:], (2, 3), (4, 5), 0, original)
-    assert resized.dtype == torch.float32
-    assert torch.equal(resized[:, :prefix], pos_embed[:, :prefix])
-    assert torch.equal(resized[:, prefix:], patches_alone)
+    assert resized.dtype == torch.float32, "the data type changed"
+    equal(resized[:, :prefix], pos_embed[:, :prefix].numpy(), "copied, and still in front?", atol=0)
+    equal(resized[:, prefix:], patches_alone.numpy(), "a token got into the grid of patches", atol=0)
 
 
 @pytest.mark.exercise("resize_pos_embed")
@@ -297,7 +299,10 @@ def test_attention_is_equations_5_to_8_for_each_head():
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_fused_kernel_and_the_written_out_path_both_equal_the_loops(heads, fused):
     attention, z = filled(vit.Attention(8, heads, fused=fused)), random(2, 5, 8)
-    equal(attention(z), np.stack([attention_loops(tokens, arrays(attention), heads)[0] for tokens in z.numpy()]))
+    oracle = [attention_loops(tokens, arrays(attention), heads)[0] for tokens in z.numpy()]
+    equal(
+        attention(z), np.stack(oracle), f"{heads} heads, {'the fused kernel' if fused else 'eq. 6 and 7 written out'}"
+    )
 
 
 def test_attention_calls_the_fused_kernel_unless_told_not_to_or_asked_for_A(monkeypatch):
@@ -480,7 +485,8 @@ def vit_loops(image, w, heads, pool="cls", gelu="none", eps=1e-6):
 def test_z0_is_the_class_token_and_the_patches_each_with_its_position():
     """ViT eq. 1: z_0 = [x_class; x_p E] + E_pos, on a grid that is not square."""
     model, images = filled(vit.ViT(**SMALL)), random(2, 3, 4, 6)
-    equal(model.embed(images), np.stack([embed_loops(image, arrays(model)) for image in images.numpy()]))
+    oracle = np.stack([embed_loops(image, arrays(model)) for image in images.numpy()])
+    equal(model.embed(images), oracle, "the class token first? each token with its own position?")
 
 
 @pytest.mark.exercise("ViT.embed")
@@ -812,7 +818,7 @@ def test_position_similarity_is_the_cosine_of_every_pair(prefix):
         a, b = pos_embed[0, prefix + r * columns + c].tolist(), pos_embed[0, prefix + s * columns + d].tolist()
         dot = sum(x * y for x, y in zip(a, b, strict=True))
         oracle[r, c, s, d] = dot / math.sqrt(sum(x * x for x in a)) / math.sqrt(sum(y * y for y in b))
-    equal(vit.pos_embed_similarity(pos_embed, (rows, columns), prefix), oracle)
+    equal(vit.pos_embed_similarity(pos_embed, (rows, columns), prefix), oracle, "a cosine of patches' positions?")
 
 
 # ---------------------------------------------------------------------------------------------
