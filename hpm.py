@@ -198,7 +198,7 @@ def relative_loss(predicted, true):
 
     - Σ_i Σ_{j≠i} 1⁺_ij log σ(L̂_i - L̂_j) - Σ_i Σ_{j≠i} 1⁻_ij log(1 - σ(L̂_i - L̂_j)), over the number of
     pairs with 1⁺ or 1⁻; 1⁺_ij is 1 where the true loss of i is larger than that of j, 1⁻_ij where it is
-    smaller; equal ones are no pair. predicted, true (B, n), hidden patches alone -> a scalar.
+    smaller; equal ones are no pair. predicted, true (B, n), hidden patches alone -> a scalar, 0 without any pair.
 
     As 1 - σ(x) = σ(-x), a pair adds the same to both sums, once as (i, j) and once as (j, i): the mean over
     all pairs is the mean over those with 1⁺. And -log σ(x) = softplus(-x), without a log to overflow.

@@ -362,10 +362,11 @@ def progress(states):
 
 def following(states):
     """How many are solved, and the first that is not: one line of text."""
-    left = [exercise for exercise in EXERCISES if states[exercise.name] != "solved"]
-    line = f"{len(EXERCISES) - len(left)} of {len(EXERCISES)} solved."
+    solved, ungraded = (list(states.values()).count(state) for state in ("solved", "not graded"))
+    left = [exercise for exercise in EXERCISES if states[exercise.name] not in ("solved", "not graded")]
+    line = f"{solved} of {len(EXERCISES)} solved" + (f", {ungraded} not graded this time." if ungraded else ".")
     if not left:
-        return f"{line} You have written both papers."
+        return line if ungraded else f"{line} You have written both papers."
     return f"{line} Next: exercise {left[0].number}, {left[0].name}; read {left[0].notebook}."
 
 

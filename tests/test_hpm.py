@@ -450,7 +450,7 @@ def test_the_predictors_loss_and_its_gradient_equal_the_loops(name, ties):
         true = (true * torch.tensor([[1.0], [2.0], [4.0], [0.0]])).round()
     loss = getattr(hpm, name)(predicted, true)
     oracle, gradient = LOOPS[name](predicted.detach().numpy(), true.numpy())
-    equal(loss, oracle, "the mean is over all pairs of the batch that are no tie")
+    equal(loss, oracle, "the mean over which patches or pairs? the sign?")
     loss.backward()
     equal(predicted.grad, gradient, "the gradient of the loss")
 

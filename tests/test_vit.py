@@ -273,11 +273,11 @@ def attention_loops(z, w, heads):
 
 
 USUAL = {
-    "q": "eq. 5: q is the first D columns of z U_qkv, and each head has D_h of them",
-    "k": "eq. 5: k is the second D columns of z U_qkv",
-    "v": "eq. 5: v is the third D columns of z U_qkv",
-    "A": "eq. 6: divide by sqrt(D_h) = sqrt(D / k), not by sqrt(D); softmax over the keys",
-    "sa": "eq. 7: rows of A weigh the tokens' v",
+    "q": "eq. 5: in which order does z U_qkv hold q, k and v, and each of them its heads?",
+    "k": "eq. 5: is k taken from its own third of z U_qkv?",
+    "v": "eq. 5: is v taken from its own third of z U_qkv?",
+    "A": "eq. 6: is the scale there, and the width under its root that of a head? Over which axis is the softmax?",
+    "sa": "eq. 7: which axis of A weighs the tokens' v?",
 }
 
 
@@ -417,7 +417,9 @@ def test_block_drops_its_two_branches_independently():
 def dropped(out, plain, share, kept_scale):
     """Every number is 0 or `kept_scale` times what it is without dropout, and `share` of them are 0."""
     zero = out == 0
-    equal(out[~zero], (plain[~zero] * kept_scale).detach().numpy(), "dropout acts at another place, or twice")
+    equal(
+        out[~zero], (plain[~zero] * kept_scale).detach().numpy(), "dropout acts at another place, twice, or not at all"
+    )
     assert zero.double().mean() == pytest.approx(share, abs=0.05)
 
 
