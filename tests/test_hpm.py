@@ -359,6 +359,18 @@ def test_hog_of_small_patches_is_one_cell_a_patch():
 
 
 @pytest.mark.exercise("hog")
+def test_hog_has_a_bin_for_an_angle_that_rounds_to_pi():
+    """-1e-10 modulo π is π in float32. It is an edge of the first bin as much as of the last, but of none beyond."""
+    images = (torch.arange(8.0) - 1).repeat(1, 1, 8, 1)
+    images[..., 1] -= 1e-10 * torch.arange(8)
+    histogram = hpm.hog(images, 8)[0, 0]
+    assert histogram[1:8].tolist() == [0] * 7, (
+        "the image is a ramp from left to right: all its angles are 0, or just below"
+    )
+    assert histogram.norm().item() == pytest.approx(1)
+
+
+@pytest.mark.exercise("hog")
 def test_hog_of_a_flat_image_is_zero():
     equal(hpm.hog(torch.full((1, 3, 16, 16), 0.7), 8), np.zeros((1, 4, 27)), "0 / 0?")
 

@@ -280,6 +280,7 @@ WRONG_BODIES = {
         ),
         ("one cell a patch", "8 if patch_size % 8 == 0 else patch_size", "patch_size"),
         ("0 / 0", "eps=1e-5", "eps=0.0"),
+        ("an angle of π falls out of the last bin", ".clamp(max=bins - 1)", ""),
     ],
     "HPM.targets": [
         ("the class token left in", "[:, self.frozen.prefix :]", ""),
