@@ -16,7 +16,7 @@ from tests.wrong_bodies import WRONG_BODIES
 
 NAMES = [exercise.name for exercise in EXERCISES]
 TESTS = {name: test for module in (test_vit, test_hpm, test_train) for name, test in vars(module).items()}
-QUICK = ("patchify", "Block.forward", "relative_loss")  # all together take longer than a coffee
+QUICK = ("patchify", "relative_loss")  # all together take longer than a coffee
 each_exercise = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in NAMES]
 )
