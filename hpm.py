@@ -198,7 +198,7 @@ def relative_loss(predicted, true):
 
     - Σ_i Σ_{j≠i} 1⁺_ij log σ(L̂_i - L̂_j) - Σ_i Σ_{j≠i} 1⁻_ij log(1 - σ(L̂_i - L̂_j)), over the number of
     pairs with 1⁺ or 1⁻; 1⁺_ij is 1 where the true loss of i is larger than that of j, 1⁻_ij where it is
-    smaller; equal ones are no pair. predicted, true (B, n), hidden patches alone -> a scalar.
+    smaller; equal ones are no pair. predicted, true (B, n), hidden patches alone -> a scalar, 0 without any pair.
 
     As 1 - σ(x) = σ(-x), a pair adds the same to both sums, once as (i, j) and once as (j, i): the mean over
     all pairs is the mean over those with 1⁺. And -log σ(x) = softplus(-x), without a log to overflow.
@@ -391,7 +391,7 @@ class HPM(nn.Module):
         loss             L = L_rec + L_pred, to be minimised
         rec, pred        its two parts; rec is the mean of patch_loss
         correlation      Spearman's, between predicted_loss and patch_loss
-        mask             (B, N) bool; hidden (B, n), visible (B, v): the indices
+        mask             (B, N) bool; hidden (B, n), visible (B, v): the indices, in order
         prediction       (B, n, outputs);  patch_loss (B, n), predicted_loss (B, n): the student's, for hidden patches
         teacher_loss     (B, N): what the teacher predicted, for all patches
         """

@@ -393,6 +393,7 @@ def learning_rate_loops(steps, peak, warmup, decay):
     return rates
 
 
+@pytest.mark.exercise("learning_rate")
 @pytest.mark.parametrize("decay", ["cosine", "linear"])
 @pytest.mark.parametrize(("steps", "warmup"), [(10, 3), (10, 0), (7, 1), (5, 5), (3, 8), (1, 0), (1, 1)])
 def test_the_learning_rate_warms_up_and_decays(steps, warmup, decay):
@@ -401,6 +402,7 @@ def test_the_learning_rate_warms_up_and_decays(steps, warmup, decay):
     np.testing.assert_allclose(rates, learning_rate_loops(steps, 0.3, warmup, decay), atol=1e-15)
 
 
+@pytest.mark.exercise("learning_rate")
 @pytest.mark.parametrize("decay", ["cosine", "linear"])
 def test_the_end_points_of_the_schedule(decay):
     """A first step of 0 would be wasted; the peak is reached once warm-up ends; 0 would come at `steps`."""

@@ -2,7 +2,7 @@
 
 Each `..._loops` function is an oracle: float64 NumPy, one number at a time, from the equation alone. The code under
 test has to agree with it to about ten digits, so the models are float64 too. Read the tests in order: they follow
-vit.py, and to rewrite one of its functions until its tests pass is the exercise.
+vit.py. Those with an `exercise` mark grade the function of that name; see tests/exercises.py.
 """
 
 import itertools
@@ -23,6 +23,7 @@ import vit
 
 def equal(ours, oracle, what="", atol=1e-10):
     """Same shape and same numbers, or a failure that says what differs."""
+    __tracebackhide__ = True
     assert tuple(ours.shape) == np.shape(oracle), f"shape {tuple(ours.shape)} instead of {np.shape(oracle)}. {what}"
     np.testing.assert_allclose(ours.detach().double().numpy(), oracle, rtol=0, atol=atol, err_msg=what)
 
@@ -61,6 +62,7 @@ def patchify_loops(image, P):
     return np.array(patches)
 
 
+@pytest.mark.exercise("patchify")
 @pytest.mark.parametrize(("height", "width"), [(6, 9), (9, 6), (3, 3)])
 def test_patches_run_row_by_row_and_so_do_their_pixels_channel_last(height, width):
     """x -> x_p (ViT, section 3.1), in the order that MAE uses."""
@@ -69,12 +71,14 @@ def test_patches_run_row_by_row_and_so_do_their_pixels_channel_last(height, widt
     equal(vit.patchify(images, 3), oracle, "patches, or pixels in a patch, in another order; is the channel last?")
 
 
+@pytest.mark.exercise("unpatchify")
 def test_unpatchify_is_the_inverse_of_patchify():
     images, patches = random(2, 3, 4, 6), random(2, 6, 12)
-    equal(vit.unpatchify(vit.patchify(images, 2), 2, (2, 3)), images.numpy())
-    equal(vit.patchify(vit.unpatchify(patches, 2, (2, 3)), 2), patches.numpy())
+    equal(vit.unpatchify(vit.patchify(images, 2), 2, (2, 3)), images.numpy(), "pixels at other places of the image")
+    equal(vit.patchify(vit.unpatchify(patches, 2, (2, 3)), 2), patches.numpy(), "patches in another order")
 
 
+@pytest.mark.exercise("patchify")
 @pytest.mark.parametrize(("height", "width"), [(30, 48), (32, 45), (30, 45)])
 def test_a_patch_size_that_does_not_divide_the_image_is_refused(height, width):
     """Cutting the rest off, or padding, would change the image without a word."""
@@ -84,6 +88,7 @@ def test_a_patch_size_that_does_not_divide_the_image_is_refused(height, width):
         vit.ViT(img_size=(height, width), patch_size=16, dim=8, depth=1, num_heads=2)
 
 
+@pytest.mark.exercise("unpatchify")
 def test_patches_that_do_not_fill_the_grid_are_refused():
     with pytest.raises(ValueError, match=r"\b6 patches .*2x4"):
         vit.unpatchify(torch.zeros(1, 6, 12), 2, (2, 4))
@@ -105,6 +110,7 @@ def patch_embed_loops(image, weight, bias):
     return linear_loops(patchify_loops(image, P), np.array(E), bias)
 
 
+@pytest.mark.exercise("PatchEmbed.forward")
 def test_patch_embedding_is_a_linear_map_of_each_patch():
     """x_p E + b of ViT eq. 1. E has to list the pixels in the order of x_p."""
     embed, images = filled(vit.PatchEmbed(2, 3, 8)), random(2, 3, 4, 6)
@@ -113,11 +119,13 @@ def test_patch_embedding_is_a_linear_map_of_each_patch():
     equal(embed(vit.patchify(images, 2)), oracle, "E and x_p list the pixels in different orders?")
 
 
+@pytest.mark.exercise("PatchEmbed.forward")
 def test_patch_embedding_is_a_convolution_with_stride_p():
     """The same numbers from torch's conv2d on the image: so a checkpoint's convolution loads as it is."""
     embed, images = filled(vit.PatchEmbed(2, 3, 8)), random(2, 3, 4, 6)
     reference = F.conv2d(images, embed.proj.weight, embed.proj.bias, stride=2)  # (B, D, rows, columns)
-    equal(embed(vit.patchify(images, 2)), reference.flatten(2).transpose(1, 2).detach().numpy())
+    reference = reference.flatten(2).transpose(1, 2).detach().numpy()
+    equal(embed(vit.patchify(images, 2)), reference, "which axes of the weights belong to a pixel's place?")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -138,6 +146,7 @@ def sincos_loops(dim, rows, columns, prefix):
     return np.array([embed])
 
 
+@pytest.mark.exercise("sincos_pos_embed")
 @pytest.mark.parametrize(("dim", "grid", "prefix"), [(8, (2, 3), 1), (16, (5, 2), 0), (12, (3, 3), 2), (4, (1, 4), 1)])
 def test_sine_cosine_positions_encode_the_column_then_the_row(dim, grid, prefix):
     """MAE's order. A square grid would not tell rows from columns: its transpose has the same shape."""
@@ -146,14 +155,48 @@ def test_sine_cosine_positions_encode_the_column_then_the_row(dim, grid, prefix)
     assert embed.dtype == torch.float32
 
 
+@pytest.mark.exercise("sincos_pos_embed")
 def test_sine_cosine_positions_need_a_width_that_is_a_multiple_of_four():
     with pytest.raises(ValueError, match=r"\b10\b"):
         vit.sincos_pos_embed(10, (2, 2))
 
 
+def keys_kernel(x):
+    """Cubic convolution with a = -1/2 (Keys 1981, equation 15)."""
+    x = abs(x)
+    if x < 1:
+        return 3 / 2 * x**3 - 5 / 2 * x**2 + 1
+    return -1 / 2 * x**3 + 5 / 2 * x**2 - 4 * x + 2 if x < 2 else 0.0
+
+
+def interpolation_loops(old, new, original):
+    """How much of each of `old` points goes into each of `new` points: (new, old)."""
+    weights = np.zeros((new, old))
+    for i, j in np.ndindex(new, old):
+        if original:  # first on first, last on last
+            centre = i * (old - 1) / (new - 1) if new > 1 else 0
+            weights[i, j] = max(0, 1 - abs(centre - j))
+        else:  # pixels are [i, i + 1], so the first centre is at 1/2
+            centre, stretch = (i + 0.5) * old / new, max(1, old / new)
+            weights[i, j] = keys_kernel((centre - (j + 0.5)) / stretch)
+    return [row / sum(row) for row in weights]
+
+
+@pytest.mark.exercise("interpolation_matrix")
+@pytest.mark.parametrize("original", [False, True])
+@pytest.mark.parametrize(("old", "new"), [(3, 6), (5, 7), (9, 4), (5, 2), (14, 24), (4, 4), (1, 3), (4, 1)])
+def test_interpolation_is_a_matrix_for_each_axis(old, new, original):
+    """Cubic convolution about pixel centres, widened to shrink; or linear between points that keep both ends."""
+    matrix, oracle = vit.interpolation_matrix(old, new, original), interpolation_loops(old, new, original)
+    equal(matrix, np.array(oracle), "linear, both ends kept?" if original else "centres at 1/2? widened to shrink?")
+    equal(matrix.sum(dim=1), np.ones(new), "the weights of a new point sum to 1, also at the border")
+    assert matrix.dtype == torch.float64
+
+
 GRIDS = [((3, 5), (6, 7)), ((6, 9), (4, 2)), ((2, 5), (5, 2)), ((1, 1), (3, 2)), ((4, 3), (1, 1)), ((14, 14), (24, 24))]
 
 
+@pytest.mark.exercise("resize_pos_embed")
 @pytest.mark.parametrize(("old", "new"), GRIDS)
 def test_resized_positions_equal_torchs_antialiased_bicubic(old, new):
     """ViT, section 3.2, as it is done today: rows and columns each on their own, whatever the grids."""
@@ -164,6 +207,7 @@ def test_resized_positions_equal_torchs_antialiased_bicubic(old, new):
     equal(resized[:, 1:], reference.flatten(2).transpose(1, 2).numpy(), "a = -1/2? widened to shrink?", 1e-5)
 
 
+@pytest.mark.exercise("resize_pos_embed")
 @pytest.mark.parametrize(("old", "new"), GRIDS)
 def test_resized_positions_equal_the_authors_zoom(old, new):
     """What the ViT authors ran: scipy's zoom of order 1, which keeps the corners in place."""
@@ -174,6 +218,7 @@ def test_resized_positions_equal_the_authors_zoom(old, new):
     equal(resized[:, 1:], reference.reshape(1, -1, 8), "linear, with the first and the last point kept?", 1e-5)
 
 
+@pytest.mark.exercise("resize_pos_embed")
 @pytest.mark.parametrize("original", [False, True])
 @pytest.mark.parametrize("prefix", [0, 1, 2])
 def test_resizing_keeps_tokens_that_have_no_place(prefix, original):
@@ -181,17 +226,19 @@ def test_resizing_keeps_tokens_that_have_no_place(prefix, original):
     pos_embed = random(1, prefix + 6, 8).float()
     resized = vit.resize_pos_embed(pos_embed, (2, 3), (4, 5), prefix, original)
     patches_alone = vit.resize_pos_embed(pos_embed[:, prefix:], (2, 3), (4, 5), 0, original)
-    assert resized.dtype == torch.float32
-    assert torch.equal(resized[:, :prefix], pos_embed[:, :prefix])
-    assert torch.equal(resized[:, prefix:], patches_alone)
+    assert resized.dtype == torch.float32, "the data type changed"
+    equal(resized[:, :prefix], pos_embed[:, :prefix].numpy(), "copied, and still in front?", atol=0)
+    equal(resized[:, prefix:], patches_alone.numpy(), "a token got into the grid of patches", atol=0)
 
 
+@pytest.mark.exercise("resize_pos_embed")
 @pytest.mark.parametrize("original", [False, True])
 def test_resizing_to_the_same_grid_changes_nothing(original):
     pos_embed = random(1, 7, 8)
     assert torch.equal(vit.resize_pos_embed(pos_embed, (2, 3), (2, 3), original=original), pos_embed)
 
 
+@pytest.mark.exercise("resize_pos_embed")
 @pytest.mark.parametrize(("entries", "prefix"), [(6, 1), (8, 1), (7, 0)])
 def test_resizing_refuses_positions_that_do_not_fill_the_old_grid(entries, prefix):
     with pytest.raises(ValueError, match=rf"\b{entries} .*\b{prefix} \+ 2x3"):
@@ -229,14 +276,15 @@ def attention_loops(z, w, heads):
 
 
 USUAL = {
-    "q": "eq. 5: q is the first D columns of z U_qkv, and each head has D_h of them",
-    "k": "eq. 5: k is the second D columns of z U_qkv",
-    "v": "eq. 5: v is the third D columns of z U_qkv",
-    "A": "eq. 6: divide by sqrt(D_h) = sqrt(D / k), not by sqrt(D); softmax over the keys",
-    "sa": "eq. 7: rows of A weigh the tokens' v",
+    "q": "eq. 5: in which order does z U_qkv hold q, k and v, and each of them its heads?",
+    "k": "eq. 5: is k taken from its own third of z U_qkv?",
+    "v": "eq. 5: is v taken from its own third of z U_qkv?",
+    "A": "eq. 6: is the scale there, and the width under its root that of a head? Over which axis is the softmax?",
+    "sa": "eq. 7: which axis of A weighs the tokens' v?",
 }
 
 
+@pytest.mark.exercise("Attention.forward")
 def test_attention_is_equations_5_to_8_for_each_head():
     """Asked for what is `inside`, attention gives q, k, v, A and each head's SA; all of them by loops."""
     attention, z, inside = filled(vit.Attention(8, 2)), random(2, 5, 8), {}
@@ -249,11 +297,15 @@ def test_attention_is_equations_5_to_8_for_each_head():
     equal(inside["A"].sum(-1), np.ones((2, 2, 5)), "rows of A sum to 1")
 
 
+@pytest.mark.exercise("Attention.forward")
 @pytest.mark.parametrize("heads", [1, 2, 4])
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_fused_kernel_and_the_written_out_path_both_equal_the_loops(heads, fused):
     attention, z = filled(vit.Attention(8, heads, fused=fused)), random(2, 5, 8)
-    equal(attention(z), np.stack([attention_loops(tokens, arrays(attention), heads)[0] for tokens in z.numpy()]))
+    oracle = [attention_loops(tokens, arrays(attention), heads)[0] for tokens in z.numpy()]
+    equal(
+        attention(z), np.stack(oracle), f"{heads} heads, {'the fused kernel' if fused else 'eq. 6 and 7 written out'}"
+    )
 
 
 def test_attention_calls_the_fused_kernel_unless_told_not_to_or_asked_for_A(monkeypatch):
@@ -309,6 +361,7 @@ def test_layer_norm_is_over_the_width_of_each_token_with_epsilon_1e_6(norm):
     equal(layer(z), layer_norm_loops(z.numpy(), *arrays(layer).values()), "epsilon 1e-6? variance over D, not D - 1?")
 
 
+@pytest.mark.exercise("MLP.forward")
 @pytest.mark.parametrize("gelu", ["none", "tanh", "quick"])
 def test_mlp_is_two_linear_maps_with_a_gelu_between(gelu):
     """GELU(x) = x Φ(x), or an approximation: the tanh formula, or x σ(1.702 x)."""
@@ -339,6 +392,7 @@ def block_loops(z, w, heads, gelu="none", eps=1e-6, keep=(1, 1)):
     return keep[1] * mlp_loops(normed, mlp, gelu) + z_prime  # eq. 3
 
 
+@pytest.mark.exercise("Block.forward")
 @pytest.mark.parametrize("options", [dict(), dict(mlp_ratio=2, gelu="tanh")])
 def test_block_is_equations_2_and_3(options):
     """LayerNorm before each branch and nothing on the residual path (pre-norm)."""
@@ -348,6 +402,7 @@ def test_block_is_equations_2_and_3(options):
     assert len(block.mlp.fc1.weight) == 8 * options.get("mlp_ratio", 4), "the hidden width is mlp_ratio * D"
 
 
+@pytest.mark.exercise("Block.forward")
 def test_block_drops_its_two_branches_independently():
     """Each image of a batch gets one of four results: attention kept or not, MLP kept or not."""
     torch.manual_seed(0)
@@ -365,10 +420,13 @@ def test_block_drops_its_two_branches_independently():
 def dropped(out, plain, share, kept_scale):
     """Every number is 0 or `kept_scale` times what it is without dropout, and `share` of them are 0."""
     zero = out == 0
-    equal(out[~zero], (plain[~zero] * kept_scale).detach().numpy(), "dropout acts at another place, or twice")
+    equal(
+        out[~zero], (plain[~zero] * kept_scale).detach().numpy(), "dropout acts at another place, twice, or not at all"
+    )
     assert zero.double().mean() == pytest.approx(share, abs=0.05)
 
 
+@pytest.mark.exercise("Attention.forward")
 @pytest.mark.parametrize("fused", [True, False])
 def test_attention_has_dropout_after_its_last_map_and_not_after_qkv(fused):
     """Appendix B.1. Dropout on q, k, v or A would leave other numbers than 0 and scaled ones."""
@@ -378,6 +436,7 @@ def test_attention_has_dropout_after_its_last_map_and_not_after_qkv(fused):
     dropped(attention.train()(z), plain, share=0.25, kept_scale=1 / 0.75)
 
 
+@pytest.mark.exercise("MLP.forward")
 def test_mlp_has_dropout_after_both_maps():
     """With fc2 the identity both act on the same numbers; with fc2 constant only the second can."""
     torch.manual_seed(0)
@@ -435,12 +494,15 @@ def vit_loops(image, w, heads, pool="cls", gelu="none", eps=1e-6):
     return z, y[0], logits[0]
 
 
+@pytest.mark.exercise("ViT.embed")
 def test_z0_is_the_class_token_and_the_patches_each_with_its_position():
     """ViT eq. 1: z_0 = [x_class; x_p E] + E_pos, on a grid that is not square."""
     model, images = filled(vit.ViT(**SMALL)), random(2, 3, 4, 6)
-    equal(model.embed(images), np.stack([embed_loops(image, arrays(model)) for image in images.numpy()]))
+    oracle = np.stack([embed_loops(image, arrays(model)) for image in images.numpy()])
+    equal(model.embed(images), oracle, "the class token first? each token with its own position?")
 
 
+@pytest.mark.exercise("ViT.embed")
 @pytest.mark.parametrize("class_token", [True, False])
 def test_z0_of_visible_patches_keeps_their_own_positions(class_token):
     """What MAE's encoder gets: a part of the patches, another one for each image, in the order asked for."""
@@ -451,6 +513,16 @@ def test_z0_of_visible_patches_keeps_their_own_positions(class_token):
     assert model.encode(images, visible).shape == (2, 3 + class_token, 8)
 
 
+@pytest.mark.exercise("ViT.embed")
+def test_z0_of_clip_goes_through_one_more_layer_norm():
+    """pre_norm: a LayerNorm before the first block, after the positions are added."""
+    model, images = filled(vit.ViT(**SMALL, pre_norm=True, eps=1e-5)), random(2, 3, 4, 6)
+    w = arrays(model)
+    oracle = [layer_norm_loops(embed_loops(i, w), *arrays(model, "norm_pre.").values(), 1e-5) for i in images.numpy()]
+    equal(model.embed(images), np.stack(oracle), "norm_pre left out, or before the positions?")
+
+
+@pytest.mark.exercise("ViT.represent")
 @pytest.mark.parametrize(
     "options",
     [
@@ -479,6 +551,7 @@ def test_a_complete_forward_equals_the_loops(options):
     equal(model(images), np.stack([logits for _, _, logits in oracle]), "the head: tanh layer first for 'mlp'")
 
 
+@pytest.mark.exercise("ViT.represent")
 def test_the_class_token_head_reads_token_0_after_the_last_layer_norm():
     """encode() gives LN(z_L) for all tokens; eq. 4 keeps the first."""
     model, images = filled(vit.ViT(**SMALL)), random(1, 3, 4, 6)
@@ -495,6 +568,7 @@ def test_the_head_starts_at_zero(head):
     assert model.represent(random(2, 3, 4, 6).float()).abs().min() > 0, "only the head may be zero"
 
 
+@pytest.mark.exercise("ViT.represent")
 def test_inside_names_every_value_on_the_way():
     """The names and shapes that figures are drawn from; and to look changes nothing."""
     model, images, inside = filled(vit.ViT(**SMALL)), random(2, 3, 4, 6), {}
@@ -511,6 +585,7 @@ def test_inside_names_every_value_on_the_way():
     assert torch.equal(inside["logits"], logits)
 
 
+@pytest.mark.exercise("Block.forward")
 def test_inside_holds_the_values_that_its_names_say():
     model, images, inside = filled(vit.ViT(**SMALL)), random(1, 3, 4, 6), {}
     model(images, inside)
@@ -533,6 +608,7 @@ def test_dropout_and_drop_path_do_nothing_in_evaluation():
     equal(filled(vit.ViT(**SMALL, dropout=0.5, drop_path=0.5))(images), oracle)
 
 
+@pytest.mark.exercise("ViT.embed")
 def test_dropout_acts_after_the_positions_and_in_every_block():
     """Appendix B.1. Before the positions are added, dropout would leave the positions alone."""
     torch.manual_seed(0)
@@ -590,6 +666,7 @@ def test_relative_attention_can_tell_orders_apart_and_no_positions_can_not():
         assert (not torch.allclose(model(images), model(shuffled), atol=1e-8)) == told
 
 
+@pytest.mark.exercise("ViT.embed")
 @pytest.mark.parametrize(("height", "width"), [(6, 4), (8, 12), (4, 4)])
 def test_images_of_another_size_are_refused_with_both_sizes(height, width):
     """6x4 has as many patches as 4x6: without the check it would run, every position at a wrong place."""
@@ -733,6 +810,7 @@ def test_an_unknown_arch_is_refused_with_the_nearest_name(arch, nearest):
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exercise("attention_distance")
 @pytest.mark.parametrize("prefix", [0, 1])
 def test_attention_distance_is_the_mean_distance_in_pixels(prefix):
     """Figure 7: centre to centre, weighted by attention. The class token has no place: it is left out."""
@@ -751,6 +829,7 @@ def test_attention_distance_is_the_mean_distance_in_pixels(prefix):
     equal(vit.attention_distance(A, (rows, columns), P, prefix), oracle, "in pixels? weights normalised again?")
 
 
+@pytest.mark.exercise("attention_rollout")
 def test_attention_rollout_multiplies_the_layers_with_their_residuals():
     """Figure 6 (Abnar & Zuidema 2020): the last layer stands leftmost, each is (mean over heads of A + I) / 2."""
     B, heads, T = 2, 2, 4
@@ -769,6 +848,7 @@ def test_attention_rollout_multiplies_the_layers_with_their_residuals():
     equal(rollout.sum(-1), np.ones((B, T)), "rows sum to 1")
 
 
+@pytest.mark.exercise("pos_embed_similarity")
 @pytest.mark.parametrize("prefix", [0, 1])
 def test_position_similarity_is_the_cosine_of_every_pair(prefix):
     """Figure 7, centre: [r, c] is the map of the position in row r and column c."""
@@ -779,7 +859,7 @@ def test_position_similarity_is_the_cosine_of_every_pair(prefix):
         a, b = pos_embed[0, prefix + r * columns + c].tolist(), pos_embed[0, prefix + s * columns + d].tolist()
         dot = sum(x * y for x, y in zip(a, b, strict=True))
         oracle[r, c, s, d] = dot / math.sqrt(sum(x * x for x in a)) / math.sqrt(sum(y * y for y in b))
-    equal(vit.pos_embed_similarity(pos_embed, (rows, columns), prefix), oracle)
+    equal(vit.pos_embed_similarity(pos_embed, (rows, columns), prefix), oracle, "a cosine of patches' positions?")
 
 
 # ---------------------------------------------------------------------------------------------
