@@ -122,7 +122,9 @@ def test_checkpoints_of_two_processes_are_those_of_one(name, runs):
     assert one["model"].keys() == two["model"].keys()
     for key, value in one["model"].items():
         assert two["model"][key].shape == value.shape
-        if not key.endswith("qkv.bias"):  # the gradient of keys' biases is 0: Adam makes steps of roundings
+        # Attention does not mind a shift of the keys, nor the relative loss one of the predictions: these biases have a
+        # gradient of 0, and Adam makes steps of its roundings.
+        if not key.endswith(("qkv.bias", "loss_predictor.pred.bias")):
             assert (two["model"][key] - value).float().abs().mean() < 1e-3, key  # a step is 1e-2
     states = [c["optimizer"]["state"] for c in (one, two)]
     assert states[0].keys() == states[1].keys()

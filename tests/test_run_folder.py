@@ -170,6 +170,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole_and_says_so(  # noqa: 
 def test_two_runs_do_not_write_into_one_folder(flags, small, no_figures, capsys):  # noqa: F811
     """The lock is the process's: kill -9 leaves none behind."""
     assert run(f"{MICRO} --out run") == 0
+    run_folder.held.clear()  # as if that process had ended
     holder = subprocess.Popen(
         [sys.executable, "-c", "import fcntl, time; f = open('run/.lock', 'a'); fcntl.lockf(f, fcntl.LOCK_EX); "
          "print('held', flush=True); time.sleep(60)"], stdout=subprocess.PIPE, text=True,
