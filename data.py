@@ -382,6 +382,7 @@ class Folder(torch.utils.data.Dataset):
         loader = torch.utils.data.DataLoader(
             self,
             batch_sampler=requests,
+            generator=torch.Generator(),  # else the workers' seed, which nothing uses, is drawn from the global one
             num_workers=min(8, os.cpu_count()),
             collate_fn=functools.partial(collate, replace=replace),
             pin_memory=device.type == "cuda",
@@ -414,6 +415,8 @@ def read_image(file, size, crop, draw, magnitude=0.0, middle=7 / 8):
     short side as `middle` says. magnitude: of `randaugment`, in training.
     """
     with Image.open(file) as image:
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # a small file may claim any size; Pillow only warns
+            raise ValueError(f"{image.width}x{image.height} pixels are more than {Image.MAX_IMAGE_PIXELS:,}")
         if image.format != "JPEG":
             ImageOps.exif_transpose(image, in_place=True)
         width, height = image.size
@@ -645,8 +648,13 @@ def fashion_mnist(folder):
 def read_idx(folder, name, header, shape):
     """The values of a gzipped IDX file (MNIST's format: a header, then unsigned bytes)."""
     path = fetch(folder, name, FASHION_MNIST_URL, FASHION_MNIST_MD5)
+    size = header + math.prod(shape)
     try:
-        values = np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header)
+        with gzip.open(path) as file:  # no more than there should be, whatever the file would unpack to
+            values = np.frombuffer(file.read(size + 1), np.uint8)
+        if len(values) != size:
+            raise ValueError(f"it unpacks to {'more' if len(values) > size else len(values)} bytes, not to {size}")
+        values = values[header:]
         return torch.from_numpy(values.reshape(shape).copy())
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it and run again") from None
@@ -669,7 +677,11 @@ def cifar(name, data_dir):
     path = fetch(data_dir, archive, CIFAR_URL, CIFAR_MD5)
     try:
         with tarfile.open(path, "r:gz") as tar:  # members are read, never unpacked to disk
-            read = {m: tar.extractfile(f"{base}/{m}").read() for m in (*train, *test, names)}
+            members = {m: tar.getmember(f"{base}/{m}") for m in (*train, *test, names)}
+            for m in members.values():
+                if m.size > 160_000_000:  # CIFAR-100's largest has 153,700,000 bytes
+                    raise ValueError(f"{m.name} claims {m.size:,} bytes")
+            read = {name: tar.extractfile(m).read() for name, m in members.items()}
         splits = []
         for files in (train, test):
             values = np.frombuffer(b"".join(read[f] for f in files), np.uint8).reshape(-1, label_bytes + 3072)

@@ -20,6 +20,7 @@ import struct
 import tarfile
 import threading
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1248,6 +1249,52 @@ def test_a_damaged_cifar_archive_is_refused_by_its_name(name, damage, tmp_path):
     (tmp_path / CIFAR[name]).write_bytes(changed.get(damage, content))
     with refusal(tmp_path / CIFAR[name], "damaged", "delete"):
         data.load(name, data_dir=tmp_path)
+
+
+def test_a_file_that_unpacks_to_more_than_it_should_is_refused(tmp_path):
+    """A decompression bomb: 200 MB of zeros in 200 kB. No more than the data set's size is ever unpacked."""
+    (tmp_path / "fashion-mnist").mkdir()
+    file = tmp_path / "fashion-mnist" / IDX[0]
+    file.write_bytes(gzip.compress(bytes(200_000_000), 1))
+    with refusal(file, "damaged", "more bytes", "delete"):
+        data.load("fashion-mnist", data_dir=tmp_path)
+
+
+def test_a_member_of_an_archive_that_is_too_large_is_not_read(tmp_path):
+    """200 MB of zeros in 200 kB; the largest file of CIFAR-100 has 153,700,000 bytes."""
+    names = ["data_batch_1.bin", *(f"data_batch_{i}.bin" for i in range(2, 6)), "test_batch.bin", "batches.meta.txt"]
+    members = {f"cifar-10-batches-bin/{name}": bytes(200_000_000 if "1" in name else 0) for name in names}
+    (tmp_path / CIFAR["cifar10"]).write_bytes(archive(members))
+    with refusal(tmp_path / CIFAR["cifar10"], "damaged", "data_batch_1.bin", "200,000,000 bytes", "delete"):
+        data.load("cifar10", data_dir=tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [10_000, 60_000])
+def test_an_image_that_claims_an_absurd_size_is_refused_by_its_name(side, tmp_path):
+    """A PNG of 100 bytes whose header says 100 million pixels, or 3.6 billion."""
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(content, "PNG")
+    png = bytearray(content.getvalue())
+    png[16:24] = struct.pack(">II", side, side)  # width and height in the first chunk, IHDR, and its CRC
+    png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
+    file = tmp_path / "big.png"
+    file.write_bytes(png)
+    with pytest.raises((ValueError, Image.DecompressionBombError), match=f"{side}x{side}|{side**2} pixels"):
+        data.read_image(file, (8, 8), None, None)
+    folder_with(tmp_path / "data", *(f"ant/{i}.png" for i in range(19)))
+    file.rename(tmp_path / "data" / "ant" / "big.png")
+    split = data.Folder(tmp_path / "data", *PLAIN)
+    list(split.test_batches((8, 8), 8, CPU))
+    assert [Path(name).name for name in split.unreadable] == ["big.png"]
+    assert "pixels" in split.unreadable[str(tmp_path / "data" / "ant" / "big.png")]
+
+
+def test_reading_a_folder_leaves_the_global_random_numbers_alone(tmp_path):
+    folder_with(tmp_path, "ant/1.png")
+    before = torch.get_rng_state()
+    list(data.Folder(tmp_path, *PLAIN).test_batches((8, 8), 8, CPU))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def folder_with(path, *images):
