@@ -13,9 +13,8 @@ import json
 import math
 import os
 
-import matplotlib
 import torch
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
@@ -23,8 +22,6 @@ import data
 import hpm
 import processes
 import vit
-
-matplotlib.use("Agg")  # figures go to files; no screen is needed
 
 # ---------------------------------------------------------------------------------------------
 # Scores
@@ -183,8 +180,8 @@ def plot_curves(out, config):
     """Draw log.jsonl into curves.png."""
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     titles = list(CURVES)[2:] if "rec" in log[-1] else list(CURVES)[:2]
-    figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for axes, title in zip(panels, titles, strict=True):
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    for axes, title in zip(figure.subplots(1, 2), titles, strict=True):
         for (name, label), color in zip(CURVES[title], ("#0072B2", "#D55E00"), strict=True):
             points = [(line["step"], line[name]) for line in log if name in line]
             if points:
@@ -195,7 +192,6 @@ def plot_curves(out, config):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
     figure.savefig(out / "curves.png", dpi=120)
-    plt.close(figure)
 
 
 @torch.inference_mode()
@@ -231,9 +227,8 @@ def plot_masks(out, config, model, dataset, alpha):
             )
         columns[title] = vit.unpatchify(patches.scatter(1, hidden, prediction), patch_size, grid)
 
-    figure, axes = plt.subplots(
-        len(images), len(columns), figsize=(2 * len(columns), 2 * len(images)), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(2 * len(columns), 2 * len(images)), layout="constrained")
+    axes = figure.subplots(len(images), len(columns), squeeze=False)
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (dataset.mean, dataset.std))
     for column, (title, pictures) in enumerate(columns.items()):
         axes[0, column].set_title(title, fontsize=9)
@@ -249,4 +244,3 @@ def plot_masks(out, config, model, dataset, alpha):
             else:
                 panel.imshow(pixels, cmap="gray", vmin=0, vmax=1)
     figure.savefig(out / "masks.png", dpi=100)
-    plt.close(figure)

@@ -318,10 +318,9 @@ class ViT(nn.Module):
                  fine-tuning head; the paper's appendix D.3 compares the two)
     head         "linear": one layer that starts at zero (the paper's fine-tuning head);
                  "mlp": one tanh hidden layer before it (its pre-training head)
-    pos_embed    "1d", also called "learned": learned, one for each place in the sequence, as in the paper;
-                 "sincos": fixed, as in MAE and HPM; and the variants of appendix D.4: "none"; "2d": learned, D/2
-                 channels for the column and D/2 for the row; "relative": in every attention, see there, and
-                 nothing is added to z_0
+    pos_embed    "1d": learned, one for each place in the sequence, as in the paper; "sincos": fixed, as in MAE and
+                 HPM; and the variants of appendix D.4: "none"; "2d": learned, D/2 channels for the column and D/2
+                 for the row; "relative": in every attention, see there, and nothing is added to z_0
     class_token  False leaves it out; only with pool="mean"
     dropout      after every dense layer but qkv, and after adding positions (appendix B.1)
     drop_path    stochastic depth, rising linearly from 0 at the first block to this at the last
@@ -339,7 +338,6 @@ class ViT(nn.Module):
         dropout=0.0, drop_path=0.0, gelu="none", pre_norm=False, eps=1e-6, fused=True, backbone=None,
     ):  # fmt: skip
         super().__init__()
-        pos_embed = "1d" if pos_embed == "learned" else pos_embed
         names = dict(pool=(pool, "cls mean"), head=(head, "linear mlp"), pos_embed=(pos_embed, POS_EMBEDS))
         for option, (given, allowed) in names.items():
             if given not in allowed.split():

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from torch import nn
 
 import data
@@ -281,12 +281,10 @@ def test_the_limit_is_half_of_the_free_memory(monkeypatch):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that would be closed after they were saved."""
-    kept = []
-    monkeypatch.setattr(plt, "close", kept.append)
-    yield kept
-    monkeypatch.undo()
-    plt.close("all")
+    """The figures that are saved."""
+    kept, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *where, **how: (kept.append(figure), save(figure, *where, **how)))
+    return kept
 
 
 def test_curves_show_what_the_log_says(tmp_path, figures):
