@@ -283,7 +283,12 @@ def test_the_limit_is_half_of_the_free_memory(monkeypatch):
 def figures(monkeypatch):
     """The figures that are saved."""
     kept, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *where, **how: (kept.append(figure), save(figure, *where, **how)))
+
+    def keep(figure, *where, **how):
+        kept.append(figure)
+        save(figure, *where, **how)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
     return kept
 
 
