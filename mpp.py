@@ -30,19 +30,23 @@ def mean_colour(images, patch_size, mean, std):
     return (steps * digits).sum(dim=2)
 
 
-def corrupt(tokens, mask_token, draw):
-    """Corrupt half of the embedded patches: (B, N, D) -> tokens (B, N, D), which (B, N // 2).
+def half(draw):
+    """The half of the patches with the largest numbers: (B, N) -> indices (B, N // 2)."""
+    return draw.topk(draw.shape[1] // 2, dim=1).indices
 
-    Of these, 80 % become the mask token (1, 1, D), 10 % another patch of the same image, 10 % stay as they are.
-    draw (3, B, N): uniform numbers from [0, 1) for which, into what, and which other patch.
+
+def corrupt(tokens, which, mask_token, draw):
+    """Corrupt these embedded patches: (B, N, D), (B, n) -> (B, N, D).
+
+    80 % become the mask token (1, 1, D), 10 % another patch of the same image, 10 % stay as they are.
+    draw (2, B, N): uniform numbers from [0, 1) for what, and for which other patch.
     """
     N = tokens.shape[1]
-    which = draw[0].topk(N // 2, dim=1).indices
-    into = draw[1].gather(1, which)[..., None]  # (B, N // 2, 1)
-    other = (which + 1 + (draw[2].gather(1, which) * (N - 1)).long()) % N  # any but itself
-    kept, other = gather(tokens, which), gather(tokens, other)  # (B, N // 2, D)
+    into = draw[0].gather(1, which)[..., None]  # (B, n, 1)
+    other = (which + 1 + (draw[1].gather(1, which) * (N - 1)).long()) % N  # any but itself
+    kept, other = gather(tokens, which), gather(tokens, other)  # (B, n, D)
     new = torch.where(into < 0.8, mask_token.to(tokens.dtype), torch.where(into < 0.9, other, kept))
-    return tokens.scatter(1, which[..., None].expand_as(new), new), which
+    return tokens.scatter(1, which[..., None].expand_as(new), new)
 
 
 class MPP(nn.Module):
@@ -64,11 +68,11 @@ class MPP(nn.Module):
 
         As in `hpm.HPM.forward`, numbers are drawn for `batch` images, of which these are the slice `here`.
         """
-        encoder = self.encoder
-        tokens = encoder.patch_embed(encoder.patch_embed.cut(images))  # (B, N, D)
-        draw = torch.rand(3, batch or len(images), tokens.shape[1], generator=generator, device=images.device)
-        tokens, which = corrupt(tokens, self.mask_token, draw[:, here])
-        z = encoder.layers(encoder.add_positions(tokens))[:, encoder.prefix :]  # (B, N, D)
+        encoder, N = self.encoder, math.prod(self.encoder.grid)
+        draw = torch.rand(3, batch or len(images), N, generator=generator, device=images.device)[:, here]
+        which = half(draw[0])
+        z = encoder.encode(images, change=lambda tokens: corrupt(tokens, which, self.mask_token, draw[1:]))
+        z = z[:, encoder.prefix :]  # (B, N, D)
         logits = self.head(gather(z, which)).float()  # (B, N // 2, colours)
         colours = mean_colour(images, encoder.patch_size, self.mean, self.std).gather(1, which)
         loss = F.cross_entropy(logits.flatten(0, 1), colours.flatten())

@@ -191,16 +191,30 @@ def resize_pos_embed(pos_embed, old_grid, new_grid, prefix=1, original=False):
 # ---------------------------------------------------------------------------------------------
 
 
+class RelativePositions(nn.Module):
+    """Positions inside attention (ViT, appendix D.4): q (B, k, T, D_h) -> (B, k, T, T), to add to the logits.
+
+    Every offset i - j in the sequence, 2T - 1 of them, has a learned embedding r: query i meets key j as
+    q_i · (k_j + r_{i-j}). All heads of a block share r. The class token is the start of the sequence.
+    """
+
+    def __init__(self, tokens, head_dim):
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.zeros(2 * tokens - 1, head_dim))
+        places = torch.arange(tokens)
+        self.register_buffer("offset", places[:, None] - places + tokens - 1, persistent=False)  # (T, T)
+
+    def forward(self, q):
+        r = self.pos_embed[self.offset]  # (T, T, D_h)
+        return torch.einsum("bhid,ijd->bhij", q, r.to(q)) / math.sqrt(q.shape[-1])
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, MSA(z), ViT eq. 5-8: (B, T, D) -> (B, T, D).
 
     `inside`: a dict to fill with q, k, v (B, k, T, D_h), A (B, k, T, T) and each head's SA.
     The fused kernel computes the same without ever storing A, so asking for A takes the plain path.
-
-    tokens: T, for relative attention (ViT, appendix D.4): every offset i - j in the sequence, 2T - 1 of them, has
-    a learned embedding r, and query i meets key j as q_i · (k_j + r_{i-j}). All heads of a block share r. The
-    class token is the start of the sequence.
-    Raises ValueError if the number of heads does not divide the width.
+    tokens: T, to have `RelativePositions` too. Raises ValueError if the number of heads does not divide the width.
     """
 
     def __init__(self, dim, num_heads, dropout=0.0, fused=True, tokens=None):
@@ -212,20 +226,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)
-        self.relative_pos_embed = None
-        if tokens:
-            self.relative_pos_embed = nn.Parameter(torch.zeros(2 * tokens - 1, dim // num_heads))
-            places = torch.arange(tokens)
-            self.register_buffer("offset", places[:, None] - places + tokens - 1, persistent=False)  # (T, T)
+        self.relative = RelativePositions(tokens, dim // num_heads) if tokens else None
 
     def forward(self, z, inside=None):
         B, T, D = z.shape
         qkv = self.qkv(z).reshape(B, T, 3, self.num_heads, -1)  # eq. 5: [q, k, v] = z U_qkv
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, k, T, D_h)
-        bias = None
-        if self.relative_pos_embed is not None:
-            r = self.relative_pos_embed[self.offset]  # (T, T, D_h)
-            bias = torch.einsum("bhid,ijd->bhij", q, r.to(q)) / math.sqrt(q.shape[-1])  # (B, k, T, T)
+        bias = self.relative(q) if self.relative else None  # as a rule positions are in z_0 alone
         if self.fused and inside is None:
             sa = F.scaled_dot_product_attention(q, k, v, bias)
         else:
@@ -380,18 +387,21 @@ class ViT(nn.Module):
         init_weights(self)
 
     def positions(self):
-        """E_pos (1, prefix + N, D), or None where nothing is added to the tokens."""
-        if not hasattr(self, "row_pos_embed"):
+        """E_pos (1, prefix + N, D); zeros where nothing is added to the tokens."""
+        if self.pos_embed is not None:
             return self.pos_embed
         rows, columns = self.grid
+        if not hasattr(self, "row_pos_embed"):
+            return self.patch_embed.proj.weight.new_zeros(1, self.prefix + rows * columns, 1)
         column = self.column_pos_embed[:, None].expand(-1, rows, -1, -1)  # (1, rows, columns, D/2)
         row = self.row_pos_embed[:, :, None].expand(-1, -1, columns, -1)
         return F.pad(torch.cat([column, row], dim=-1).flatten(1, 2), (0, 0, self.prefix, 0))
 
-    def embed(self, images, visible=None):
+    def embed(self, images, visible=None, change=None):
         """ViT eq. 1: z_0 = [x_class; x_p¹E; …; x_p^N E] + E_pos, (B, C, H, W) -> (B, T, D).
 
-        visible: indices (B, n) of the patches to embed; the others are left out (MAE's encoder).
+        visible: indices (B, n) of the patches to embed; the others are left out (MAE's encoder). change: a function
+        that alters the embedded patches (B, n, D) before they get their positions (masked patch prediction).
         Raises ValueError if the images do not have the size that the model was built for.
         """
         if images.shape[-2:] != self.img_size:
@@ -401,27 +411,23 @@ class ViT(nn.Module):
                 f"or create the model with img_size={tuple(images.shape[-2:])}"
             )
         patches = self.patch_embed.cut(images)  # (B, N, P*P*C)
+        E_pos = self.positions()  # (1, prefix + N, D)
+        positions = E_pos[:, self.prefix :]  # (1, N, D)
         if visible is not None:
             patches = gather(patches, visible)  # (B, n, P*P*C)
-        return self.add_positions(self.patch_embed(patches), visible)
-
-    def add_positions(self, z, visible=None):
-        """The rest of eq. 1: the class token before the embedded patches (B, n, D), E_pos upon all -> (B, T, D)."""
-        positions, x_class = self.positions(), self.cls_token
-        if positions is not None:
-            patches = positions[:, self.prefix :]  # (1, N, D)
-            z = z + (patches if visible is None else gather(patches.expand(len(z), -1, -1), visible))
-            x_class = x_class if x_class is None else x_class + positions[:, :1]  # (1, 1, D)
-        if x_class is not None:
+            positions = gather(positions.expand(len(images), -1, -1), visible)  # (B, n, D)
+        z = self.patch_embed(patches)  # (B, n, D)
+        if change is not None:
+            z = change(z)
+        z = z + positions
+        if self.cls_token is not None:
+            x_class = self.cls_token + E_pos[:, :1]  # (1, 1, D)
             z = torch.cat([x_class.expand(len(z), -1, -1).to(z.dtype), z], dim=1)
         return self.norm_pre(self.dropout(z))
 
-    def encode(self, images, visible=None, inside=None):
+    def encode(self, images, visible=None, inside=None, change=None):
         """All tokens after the last block: z_L (B, T, D), through LN when pool="cls"."""
-        return self.layers(self.embed(images, visible), inside)
-
-    def layers(self, z, inside=None):
-        """From z_0 to z_L: (B, T, D) -> (B, T, D)."""
+        z = self.embed(images, visible, change)
         if inside is not None:
             inside.update(z0=z, blocks=[{} for _ in self.blocks])
         for i, block in enumerate(self.blocks):

@@ -265,7 +265,7 @@ LAYOUTS = (
 )
 
 # Every name that is handed out, and q, k and v before they are joined.
-BLOCK = r"blocks\.\d+\.((norm[12]|attn\.(q|k|v|qkv|proj)|mlp\.fc[12])\.(weight|bias)|attn\.relative_pos_embed)"
+BLOCK = r"blocks\.\d+\.((norm[12]|attn\.(q|k|v|qkv|proj)|mlp\.fc[12])\.(weight|bias)|attn\.relative\.pos_embed)"
 RESNET = r"(stem\.(conv|norm)|stages\.\d+\.blocks\.\d+\.((conv|norm)[123]|downsample\.(conv|norm)))\.(weight|bias)"
 KNOWN = (
     rf"cls_token|(row_|column_)?pos_embed|{BLOCK}|(patch_embed\.backbone\.)?{RESNET}|(patch_embed\.proj|norm_pre|norm|fc_norm|pre_logits\.fc|head)\.(weight|bias)",

@@ -45,7 +45,8 @@ def test_half_of_the_patches_are_corrupted_in_three_ways():
     """One draw says which patches, one into what, one which other patch; all others stay."""
     tokens, mask_token, draw = random(4, 10, 3), random(1, 1, 3, seed=9), torch.rand(3, 4, 10).double()
     draw[1, 0] = torch.tensor([0.0, 0.79, 0.81, 0.89, 0.91, 0.99, 0.5, 0.85, 0.95, 0.3])
-    ours, which = mpp.corrupt(tokens, mask_token, draw)
+    which = mpp.half(draw[0])
+    ours = mpp.corrupt(tokens, which, mask_token, draw[1:])
     for b in range(4):
         oracle = tokens[b].clone()
         chosen = sorted(range(10), key=lambda i: -draw[0, b, i])[:5]
@@ -60,7 +61,9 @@ def test_half_of_the_patches_are_corrupted_in_three_ways():
 
 def test_the_shares_are_80_10_and_10_percent_and_the_other_patch_is_another_one():
     tokens = torch.arange(1.0, 201).expand(1000, -1)[..., None]
-    ours, which = mpp.corrupt(tokens, torch.zeros(1, 1, 1), torch.rand(3, 1000, 200))
+    draw = torch.rand(3, 1000, 200)
+    which = mpp.half(draw[0])
+    ours = mpp.corrupt(tokens, which, torch.zeros(1, 1, 1), draw[1:])
     assert which.shape == (1000, 100)
     before, after = (v.squeeze(-1).gather(1, which) for v in (tokens, ours))
     masked, kept = (after == 0).float().mean().item(), (after == before).float().mean().item()
@@ -78,8 +81,10 @@ def test_the_loss_is_the_cross_entropy_of_the_corrupted_patches_colours():
     draw = torch.rand(3, 2, 6, generator=torch.Generator().manual_seed(3))
     encoder, losses, hits = model.encoder, [], []
     with torch.no_grad():
-        tokens, which = mpp.corrupt(encoder.patch_embed(vit.patchify(images, 2)), model.mask_token, draw)
-        z = encoder.norm(encoder.blocks[1](encoder.blocks[0](encoder.add_positions(tokens)))).numpy()
+        which = mpp.half(draw[0])
+        tokens = mpp.corrupt(encoder.patch_embed(vit.patchify(images, 2)), which, model.mask_token, draw[1:])
+        tokens = torch.cat([encoder.cls_token.expand(2, -1, -1), tokens], dim=1) + encoder.pos_embed
+        z = encoder.norm(encoder.blocks[1](encoder.blocks[0](tokens))).numpy()
     for b in range(2):
         logits = linear_loops(z[b, 1:], model.head.weight.detach().numpy(), model.head.bias.detach().numpy())
         colours = colour_loops(pixels[b].numpy(), 2)

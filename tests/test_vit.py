@@ -263,8 +263,8 @@ def attention_loops(z, w, heads):
                 q[h, t, d], k[h, t, d], v[h, t, d] = (qkv[t, part * D + h * D_h + d] for part in range(3))  # eq. 5
         for t in range(T):
             keys = list(k[h])
-            if "relative_pos_embed" in w:  # appendix D.4: content meets the embedding of the offset too
-                keys = [key + w["relative_pos_embed"][t - s + T - 1] for s, key in enumerate(keys)]
+            if "relative.pos_embed" in w:  # appendix D.4: content meets the embedding of the offset too
+                keys = [key + w["relative.pos_embed"][t - s + T - 1] for s, key in enumerate(keys)]
             scores = [sum(q[h, t, d] * keys[s][d] for d in range(D_h)) / math.sqrt(D_h) for s in range(T)]
             total = sum(math.exp(score) for score in scores)
             for s in range(T):
@@ -922,7 +922,7 @@ def test_two_dimensional_positions_are_interpolated_along_each_axis_and_it_says_
 def test_relative_positions_need_the_grid_that_they_were_trained_on(tmp_path):
     torch.save(vit.ViT(**SMALL, pos_embed="relative").state_dict(), tmp_path / "relative.pth")
     other = vit.ViT(**(SMALL | dict(img_size=(8, 12))), pos_embed="relative")
-    with pytest.raises(ValueError, match=r"relative_pos_embed has the shape \(13, 4\), this model's \(49, 4\)"):
+    with pytest.raises(ValueError, match=r"relative.pos_embed has the shape \(13, 4\), this model's \(49, 4\)"):
         vit.load_weights(other, tmp_path / "relative.pth")
     assert vit.load_weights(vit.ViT(**SMALL, pos_embed="relative"), tmp_path / "relative.pth") == []
 

@@ -28,7 +28,7 @@ WRONG_BODIES = {
         ("no bias", ", self.proj.bias)", ")"),
     ],
     "ViT.embed": [
-        ("the class token has no position", "self.cls_token + self.pos_embed[:, :1]", "self.cls_token"),
+        ("the class token has no position", "self.cls_token + E_pos[:, :1]", "self.cls_token"),
         (
             "the class token at the end",
             "[x_class.expand(len(z), -1, -1).to(z.dtype), z]",
@@ -41,15 +41,15 @@ WRONG_BODIES = {
         ),
         (
             "the class token's position for the first patch",
-            "self.pos_embed[:, self.prefix :]",
-            "self.pos_embed[:, : math.prod(self.grid)]",
+            "E_pos[:, self.prefix :]",
+            "E_pos[:, : math.prod(self.grid)]",
         ),
-        ("no positions", "self.patch_embed(patches) + positions", "self.patch_embed(patches)"),
+        ("no positions", "z = z + positions", "z = z + 0 * positions"),
         ("no dropout", "self.dropout(z)", "z"),
         (
             "dropout before the positions",
-            "z = self.patch_embed(patches) + positions",
-            "z = self.dropout(self.patch_embed(patches)) + positions",
+            "z = z + positions",
+            "z = self.dropout(z) + positions",
         ),
         ("no norm_pre", "self.norm_pre(self.dropout(z))", "self.dropout(z)"),
         (
@@ -63,8 +63,8 @@ WRONG_BODIES = {
         ("the scale of D in place of D_h", "math.sqrt(q.shape[-1])", "math.sqrt(D)"),
         (
             "the scale of the kernel changed",
-            "scaled_dot_product_attention(q, k, v)",
-            "scaled_dot_product_attention(q, k, v, scale=1.0)",
+            "scaled_dot_product_attention(q, k, v, bias)",
+            "scaled_dot_product_attention(q, k, v, bias, scale=1.0)",
         ),
         ("softmax over the queries", "softmax(dim=-1)", "softmax(dim=-2)"),
         ("queries and keys swapped", "q @ k.transpose(-2, -1)", "k @ q.transpose(-2, -1)"),
