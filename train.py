@@ -12,9 +12,7 @@ run_folder.py.
 """
 
 import argparse
-import contextlib
 import copy
-import ctypes
 import difflib
 import functools
 import json
@@ -23,6 +21,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 
 import torch
 from torch.nn import functional as F
@@ -488,7 +487,7 @@ def train_step(model, optimizer, images, targets, config, step):
         share = (part.stop - part.start) / len(images)
         # Gradients are averaged over the processes once they are complete.
         complete = part.stop == len(images) or not hasattr(model, "no_sync")
-        with contextlib.nullcontext() if complete else model.no_sync():
+        with nullcontext() if complete else model.no_sync():
             with autocast(config):
                 here = slice(first + part.start, first + part.stop)
                 losses = losses_of(model, images[part], targets[part], config, step, here)
@@ -696,17 +695,6 @@ def complain(text, everywhere=False):
         print(f"error: {text}", file=sys.stderr)
 
 
-def keep_memory():
-    """Let glibc keep what is freed. Else a CPU step returns its large tensors, and gets them anew, page by page.
-
-    MEASURED. Elsewhere than on glibc nothing happens.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in bytes
-
-
 class Stopped(KeyboardInterrupt):
     """A signal came where there is no step to finish: before training, or while features are computed."""
 
@@ -718,7 +706,6 @@ def stop_now(number, frame):
 def main(argv=None):
     """Returns the exit code: 0 done, 1 something broke on the way, 2 bad input, 128 + the number of a signal."""
     given = parse(argv)
-    keep_memory()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop_now)
     out = None
