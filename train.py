@@ -75,7 +75,7 @@ RECIPES = {
     ("pretrain", "photos"): dict(
         steps={"cpu": 24, "cuda": 600}, batch_size=8, lr=4e-3, warmup=0.1, weight_decay=0.05, crop=(0.2, 1.0)
     ),
-    ("pretrain", "fashion-mnist"): SMALL | dict(epochs=9, lr=4e-3, crop=(0.5, 1.0)),
+    ("pretrain", "fashion-mnist"): SMALL | dict(epochs=16, lr=4e-3, crop=(0.5, 1.0)),
     ("pretrain", "cifar"): SMALL | dict(epochs=200, lr=2e-3, crop=(0.2, 1.0)),
     # MAE's for ViT-B (table 9), with HPM's layer decay.
     ("finetune", "folder"): dict(

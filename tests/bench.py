@@ -3,7 +3,10 @@
 Everything that one row compares runs in one process, in turn, again and again; a row gives medians, so that a busy
 machine slows all of them alike. Times are also given in units of a matrix product measured among them: the time
 that the model's floating-point operations would take at the rate of a 2048 x 2048 product. Peers are used if they are
-installed (timm, torchvision, transformers), and named if they are not.
+installed (timm, torchvision, transformers, vit-pytorch), and named if they are not. On CUDA: bfloat16, compiled too.
+
+    python -m tests.bench             beside others
+    python -m tests.bench --growth    how time and memory grow with image size, depth, width and batch
 """
 
 import argparse
@@ -49,10 +52,13 @@ def compare(title, contestants, flops, args):
     median = {name: statistics.median(values) for name, values in times.items()}
     rate = product_flops / median["product"]
     print(f"\n{title}; the product reaches {rate / 1e9:.0f} GFLOP/s")
-    print(f"{'':34}{'seconds':>9}{'over ours':>11}{'over product':>14}")
-    for name in contestants:
-        over = f"{median[name] * rate / flops:14.2f}" if flops else ""
-        print(f"{name:34}{median[name]:9.3f}{median[name] / median['ours']:11.2f}{over}")
+    print(f"{'':34}{'seconds':>9}{'images/s':>10}{'over ours':>11}{'over product':>14}{'utilisation':>13}")
+    for name, seconds in median.items():
+        if name != "product":
+            over = seconds * rate / flops
+            speed = f"{args.batch_size / seconds:10.1f}{seconds / median['ours']:11.2f}"
+            print(f"{name:34}{seconds:9.3f}{speed}{over:14.2f}{100 / over:11.0f} %")
+    return median["ours"]
 
 
 def classifier_step(model, images, labels, args):
@@ -64,6 +70,15 @@ def classifier_step(model, images, labels, args):
         model.zero_grad()
 
     return step
+
+
+def classifier_forward(model, images, args):
+    @torch.inference_mode()
+    def forward():
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == torch.bfloat16):
+            model(images)
+
+    return forward
 
 
 def vit_peers(missing):
@@ -88,7 +103,19 @@ def vit_peers(missing):
         models["transformers"] = transformers.ViTForImageClassification(config)
     except Exception as error:
         missing["transformers"] = error
+    try:
+        models["vit-pytorch"] = vit_pytorch_vit()
+    except Exception as error:
+        missing["vit-pytorch"] = error
     return models
+
+
+def vit_pytorch_vit():
+    import vit_pytorch
+
+    return vit_pytorch.ViT(
+        image_size=224, patch_size=16, num_classes=1000, dim=768, depth=12, heads=12, mlp_dim=3072, channels=3
+    )
 
 
 def pretraining_step(model, images, args):
@@ -108,23 +135,92 @@ def pretraining_step(model, images, args):
 
 
 def mae_peers(images, args, missing):
+    models = {}
     try:
         import transformers
 
-        model = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig()).to(args.device)
+        models["transformers"] = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig())
     except Exception as error:
         missing["transformers"] = error
-        return {}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    try:
+        import vit_pytorch
 
-    def step():
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == torch.bfloat16):
-            loss = model(images).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        model = vit_pytorch.MAE(
+            encoder=vit_pytorch_vit(), decoder_dim=512, decoder_depth=8, decoder_heads=16, decoder_dim_head=32
+        )
+        model(images[:1].cpu())  # some versions of it do not run
+        models["vit-pytorch"] = model
+    except Exception as error:
+        missing["vit-pytorch, MAE"] = error
 
-    return {"transformers": step}
+    def step_of(model):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+        def step():
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == torch.bfloat16):
+                out = model(images)
+            getattr(out, "loss", out).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    return {name: step_of(model.to(args.device)) for name, model in models.items()}
+
+
+def extras(model, args, step_seconds):
+    """What HPM adds to a step besides models: masks, the relative loss, the teacher's update."""
+    device, B, N, n = torch.device(args.device), args.batch_size, 196, model.hidden
+    scores, true = torch.rand(B, N, device=device), torch.rand(B, n, device=device)
+    predicted = torch.rand(B, n, device=device, requires_grad=True)
+    work = {
+        "hard masks": lambda: hpm.hard_mask(scores, 0.75, 0.5),
+        "relative loss, forward and backward": lambda: hpm.relative_loss(predicted, true).backward(),
+        "the teacher's update": lambda: hpm.ema_update(model.teacher, model.student, 0.999),
+    }
+    print(f"\n{'of an HPM step':40}{'milliseconds':>13}{'share':>8}")
+    for name, call in work.items():
+        call()
+        seconds = statistics.median(clock(call, device) for _ in range(2 * args.repeats + 1))
+        print(f"{name:40}{1000 * seconds:13.2f}{100 * seconds / step_seconds:6.2f} %")
+
+
+def kept_for_backward(model, images):
+    """Bytes of activations that a forward pass keeps for the backward one; a storage counts once."""
+    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(images)  # held until all is counted: no storage is used twice
+    return sum(kept.values()), out
+
+
+def growth(args):
+    """Forward and backward of ViT-S/16 at 224 pixels and batch 4, and with one thing changed at a time."""
+    device = torch.device(args.device)
+    base = dict(img_size=224, depth=12, dim=384, batch=4)
+    changes = dict(img_size=(112, 224, 336, 448), depth=(6, 12, 24), dim=(192, 384, 768), batch=(2, 4, 8, 16))
+    print(f"{'':16}{'tokens':>8}{'seconds':>9}{'GFLOP/s':>9}{'MiB kept':>10}")
+    for what, values in changes.items():
+        for value in values:
+            now = base | {what: value}
+            model = vit.create("vit_s16", now["img_size"], dim=now["dim"], depth=now["depth"]).to(device)
+            images = torch.randn(now["batch"], 3, now["img_size"], now["img_size"], device=device)
+            labels, tokens = (
+                torch.zeros(now["batch"], dtype=torch.long, device=device),
+                1 + (now["img_size"] // 16) ** 2,
+            )
+            step = classifier_step(model, images, labels, args)
+            step()
+            seconds = statistics.median(clock(step, device) for _ in range(args.repeats))
+            flops = 3 * now["batch"] * encoder_flops(tokens, now["dim"], now["depth"])
+            kept, _ = kept_for_backward(model, images)
+            print(f"{what:10}{value:>6}{tokens:8}{seconds:9.3f}{flops / seconds / 1e9:9.0f}{kept / 2**20:10.0f}")
 
 
 def encoder_flops(tokens, dim, depth, mlp=4):
@@ -137,6 +233,7 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--growth", action="store_true", help="how time and memory grow")
     args = parser.parse_args()
     args.dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     torch.manual_seed(0)
@@ -146,10 +243,18 @@ def main():
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"PyTorch {torch.__version__}, {name}, batch {B}, {args.dtype}, medians of {args.repeats}")
 
+    if args.growth:
+        return growth(args)
+
     models = {"ours": vit.create("vit_b16")} | vit_peers(missing)
+    if device.type == "cuda":
+        models["ours, compiled"] = vit.create("vit_b16")
+        models["ours, compiled"].compile()
     steps = {key: classifier_step(model.to(device).train(), images, labels, args) for key, model in models.items()}
     patches = 2 * 196 * 768 * 768
     compare("ViT-B/16, forward and backward", steps, 3 * B * (encoder_flops(197, 768, 12) + patches), args)
+    steps = {key: classifier_forward(model.eval(), images, args) for key, model in models.items()}
+    compare("ViT-B/16, forward", steps, B * (encoder_flops(197, 768, 12) + patches), args)
     del models, steps
 
     # Backward costs twice the forward; the teacher of HPM runs forward alone, on all patches.
@@ -161,7 +266,10 @@ def main():
     model = hpm.create("vit_b16").to(device)
     steps = {"ours": pretraining_step(model, images, args), "ours, MAE": pretraining_step(mae, images, args)}
     flops = B * (3 * (student + encoder_flops(197, 512, 8)) + teacher)
-    compare("HPM-B/16, one step with AdamW and the teacher's update", steps, flops, args)
+    seconds = compare("HPM-B/16, one step with AdamW and the teacher's update", steps, flops, args)
+    extras(model, args, seconds)
+    if device.type == "cuda":
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     del mae, model, steps
 
     small = data.InMemory(torch.zeros(10_000, 1, 28, 28, dtype=torch.uint8), torch.zeros(10_000).long(), (0.3,), (0.3,))
@@ -170,7 +278,7 @@ def main():
         print(f"\n28 px images in memory, {title}: {80 * 256 / seconds:,.0f} images/s")
     for peer, error in missing.items():
         print(f"\nnot compared with {peer}: {str(error).splitlines()[0]}")
-    for package in ("timm", "torchvision", "transformers"):
+    for package in ("timm", "torchvision", "transformers", "vit-pytorch"):
         if package not in missing:
             print(f"{package} {importlib.metadata.version(package)}")
 
