@@ -236,7 +236,7 @@ class Attention(nn.Module):
         if self.fused and inside is None:
             sa = F.scaled_dot_product_attention(q, k, v, bias)
         else:
-            logits = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+            logits = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # eq. 6: A = softmax(q kᵀ / √D_h)
             A = (logits if bias is None else logits + bias).softmax(dim=-1)  # eq. 6, (B, k, T, T)
             sa = A @ v  # eq. 7: SA(z) = A v, (B, k, T, D_h)
             if inside is not None:
