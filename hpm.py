@@ -360,14 +360,19 @@ class HPM(nn.Module):
             self.teacher = copy.deepcopy(student).requires_grad_(False).eval()
             self.teacher.decoder = None
 
-    def draw_mask(self, batch, predicted_loss, hard_fraction, generator, device):
-        """One mask for each image: (B, N) bool, True = hidden."""
+    def draw_mask(self, predicted_loss, hard_fraction, generator, device, batch, here):
+        """One mask for each image of the slice `here` of a batch: (B, N) bool, True = hidden."""
         grid = self.student.encoder.grid
         if self.mask == "hard":
-            return hard_mask(predicted_loss, self.mask_ratio, hard_fraction, generator)
-        if self.mask == "random":
-            return random_mask(batch, math.prod(grid), self.mask_ratio, generator, device)
-        return {"block": block_mask, "grid": grid_mask}[self.mask](batch, grid, self.mask_ratio, generator, device)
+            everyone = predicted_loss.new_zeros(batch, predicted_loss.shape[1])
+            everyone[here] = predicted_loss  # the others' rows stay empty: each mask depends on its own row
+            mask = hard_mask(everyone, self.mask_ratio, hard_fraction, generator)
+        elif self.mask == "random":
+            mask = random_mask(batch, math.prod(grid), self.mask_ratio, generator, device)
+        else:
+            draw = {"block": block_mask, "grid": grid_mask}[self.mask]
+            mask = draw(batch, grid, self.mask_ratio, generator, device)
+        return mask[here]
 
     @torch.no_grad()
     def targets(self, images, features=None):
@@ -399,11 +404,8 @@ class HPM(nn.Module):
         if self.teacher is not None:
             with torch.no_grad():
                 teacher_loss, features = self.teacher.predict_loss(images)  # L̂ᵗ = d_ψt(f_θt(x))
-        batch, everyone = batch or len(images), teacher_loss
-        if everyone is not None and batch != len(images):
-            everyone = teacher_loss.new_zeros(batch, teacher_loss.shape[1])
-            everyone[here] = teacher_loss
-        mask = self.draw_mask(batch, everyone, hard_fraction, generator, images.device)[here]
+        batch = batch or len(images)
+        mask = self.draw_mask(teacher_loss, hard_fraction, generator, images.device, batch, here)
         order = mask.int().argsort(dim=1, stable=True)  # False comes first
         visible, hidden = order.split([mask.shape[1] - self.hidden, self.hidden], dim=1)
 
