@@ -379,7 +379,7 @@ def build(config, dataset, resume=False):
     channels, classes = len(dataset.mean), len(dataset.classes)
     names = ("pool", "pos_embed", "dropout", "drop_path") if config.arch in vit.ARCHS else ()
     options = {name: getattr(config, name) for name in names}
-    if config.arch in vit.ARCHS and str(config.init).endswith(".npz"):
+    if config.arch in vit.ARCHS and str(config.init).partition("?")[0].endswith(".npz"):
         options["gelu"] = "tanh"  # what Google's weights were trained with
     if config.task == "mpp":
         model = mpp.create(config.arch, config.img_size, dataset.mean, dataset.std, **options)

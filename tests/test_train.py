@@ -27,6 +27,7 @@ import data
 import hpm
 import train
 import vit
+from tests.test_weights import google_file
 
 ROOT = Path(train.__file__).parent
 PLAIN = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)  # mean and deviation of the images below
@@ -596,6 +597,21 @@ def test_a_pretrained_student_hands_its_weights_to_the_teacher(small):
     assert not different({name: own[name] for name in teacher}, teacher)
     E = "patch_embed.proj.weight"
     assert torch.equal(own[f"encoder.{E}"], torch.load("init.pt", weights_only=True)[E])
+
+
+def test_googles_weights_run_with_the_gelu_that_they_were_trained_with(small):
+    """Its JAX code approximates GELU by tanh; no file says so, but only its files are .npz."""
+    torch.manual_seed(0)
+    np.savez("google.npz", **google_file(vit.create("vit_micro4", 16, 16, pos_embed="1d")))
+    torch.save(vit.create("vit_micro4", 16, 16).state_dict(), "init.pt")
+    images = torch.randn(2, 3, 16, 16)
+    command = f"{MICRO} --task finetune --pool cls --pos-embed 1d --init"
+    ours = train.build(*settings(f"{command} google.npz")).eval()
+    for gelu, equal in (("tanh", True), ("none", False)):
+        model = vit.create("vit_micro4", 16, 16, pos_embed="1d", gelu=gelu).eval()
+        vit.load_weights(model, "google.npz")
+        assert torch.equal(ours.represent(images), model.represent(images)) == equal
+    assert all(block.mlp.gelu == "none" for block in train.build(*settings(f"{command} init.pt")).blocks)
 
 
 def test_pre_training_goes_on_from_all_that_a_file_has(pretrained, small, capsys):
