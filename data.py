@@ -15,20 +15,16 @@ what it would have seen without the interruption, and R processes with B / R ima
 images that one process sees with B.
 """
 
-import contextlib
 import copy
 import difflib
 import functools
 import gzip
-import hashlib
-import http.client
 import importlib.util
 import math
 import os
 import random
 import sys
 import tarfile
-import urllib.request
 import zlib
 from collections import namedtuple
 from pathlib import Path
@@ -38,6 +34,8 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch.nn import functional as F
 from tqdm import tqdm
+
+from download import BROKEN, download
 
 # mean, std: one number a channel, of pixels in [0, 1]. train, test: InMemory or Folder.
 Dataset = namedtuple("Dataset", "name classes mean std train test")
@@ -133,13 +131,18 @@ def crop_and_resize(images, box, flip, size):
 
 
 def resize(images, sizes, size):
-    """Resize whole images to size = (H', W'), each as much of its frame as `sizes` (B, 2) says; None: all of it."""
+    """Resize whole images to size = (H', W'), each as much of its frame as `sizes` says, see `sides`."""
     if sizes is None and size == images.shape[-2:]:
         return images
-    if sizes is None:
-        sizes = torch.tensor([images.shape[-2:]], device=images.device).expand(len(images), -1)
     zero = torch.zeros(len(images), device=images.device)
-    return crop_and_resize(images, (zero, zero, *sizes.T), zero > 0, size)
+    return crop_and_resize(images, (zero, zero, *sides(images, sizes)), zero > 0, size)
+
+
+def sides(images, sizes=None):
+    """Height and width of each image inside its frame, (B,) each; sizes (B, 2): these, None: the whole frame."""
+    if sizes is None:
+        return [torch.full((len(images),), side, device=images.device) for side in images.shape[-2:]]
+    return sizes.T
 
 
 def mixup_weights(weight, size):
@@ -188,7 +191,7 @@ def mix(images, labels, classes, mixup, cutmix, seed, step, batch_size, here=sli
         coin, rng.beta(mixup or 1, mixup or 1, batch_size), rng.beta(cutmix or 1, cutmix or 1, batch_size)
     )
     centre = rng.random((batch_size, 2))
-    coin, weight, centre = (torch.as_tensor(v[here]).to(images.device) for v in (coin, weight, centre))
+    coin, weight, centre = (to_device(torch.as_tensor(v[here]), images.device) for v in (coin, weight, centre))
     weights = torch.where(coin[:, None, None, None], mixup_weights(weight, size), cutmix_weights(weight, centre, size))
     return blend(images, F.one_hot(labels, classes).float(), weights.float())
 
@@ -198,22 +201,33 @@ def erase(images, probability, seed, step, batch_size, here=slice(None)):
 
     images (B, C, H, W), normalised; each is erased with the given probability. `here` as in `mix`.
     """
-    noise = generator(seed, ERASE, step)
-    draw = torch.rand(5, batch_size, generator=noise)[:, here].to(images.device)
-    height, width = (torch.full_like(draw[0], side) for side in images.shape[-2:])
-    box = crop_box(height, width, draw[:4], scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))
+    options = dict(generator=generator(seed, ERASE, step, device=images.device), device=images.device)
+    draw = torch.rand(5, batch_size, **options)[:, here]
+    box = crop_box(*sides(images), draw[:4], scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))
     top, left, h, w = (side[:, None].round() for side in box)
     y, x = (torch.arange(n, device=images.device) for n in images.shape[-2:])
     inside = ((y >= top) & (y < top + h))[:, :, None] & ((x >= left) & (x < left + w))[:, None, :]  # (B, H, W)
     inside &= (draw[4] < probability)[:, None, None]
-    filler = torch.randn(batch_size, *images.shape[1:], generator=noise)[here].to(images)
+    filler = torch.randn(batch_size, *images.shape[1:], **options)[here].to(images)
     return torch.where(inside[:, None], filler, images)
 
 
 def normalise(images, mean, std):
     """uint8 or 0-255 pixels (B, C, H, W) -> float with mean 0 and deviation 1 over the data set."""
-    mean, std = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (mean, std))
+    mean, std = (channels(values, images.device) for values in (mean, std))
     return (images.float() - 255 * mean) / (255 * std)
+
+
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)  # a tensor of inference mode could not be used in training
+def channels(values, device):
+    """A number for each channel, as (C, 1, 1) on the device. Copied there once, for the host waits for that."""
+    return torch.tensor(values, device=device).view(-1, 1, 1)
+
+
+def to_device(tensor, device):
+    """Copy from the host to a device; from pinned memory, if that is a GPU, so that the host need not wait for it."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -276,13 +290,12 @@ class InMemory:
         for step in steps:
             index = batch_indices(len(self), batch_size, step, seed)[here]
             draw = torch.rand(batch_size, 5, generator=generator(seed, CROP, step))[here]
-            if self.images.is_cuda:  # copies from pinned memory let the host run ahead
-                index, draw = (v.pin_memory().to(device, non_blocking=True) for v in (index, draw))
+            index, draw = to_device(index, device), to_device(draw, device)
             which = index % len(self.images)
             images, sizes = self.images[which], None if self.sizes is None else self.sizes[which]
             if isinstance(crop, tuple):
-                height, width = sizes.T if sizes is not None else torch.tensor([images.shape[-2:]], device=device).T
-                images = crop_and_resize(images, crop_box(height, width, draw[:, 1:].T, crop), draw[:, 0] < 0.5, size)
+                box = crop_box(*sides(images, sizes), draw[:, 1:].T, crop)
+                images = crop_and_resize(images, box, draw[:, 0] < 0.5, size)
             else:
                 images = resize(images if crop is None else padded_crop(images, draw, crop), sizes, size)
             yield normalise(images, self.mean, self.std), self.labels[index]
@@ -299,6 +312,8 @@ class InMemory:
 class Features:
     """What a frozen encoder said of each image: features (n, D), labels (n,). Batches as of `InMemory`."""
 
+    unreadable = {}
+
     def __init__(self, features, labels):
         self.features, self.labels = features, labels
 
@@ -307,7 +322,7 @@ class Features:
 
     def train_batches(self, size, batch_size, steps, seed, crop, device, here=slice(None)):
         for step in steps:
-            index = batch_indices(len(self), batch_size, step, seed)[here].to(device)
+            index = to_device(batch_indices(len(self), batch_size, step, seed)[here], device)
             yield self.features[index], self.labels[index]
 
     def test_batches(self, size, batch_size, device, here=slice(None)):
@@ -318,8 +333,8 @@ class Folder(torch.utils.data.Dataset):
     """Images on disk, PATH/CLASS/*.{jpg,png,…}: decoded, cropped and flipped by DataLoader workers.
 
     An image that can't be decoded is skipped: a warning names it, and in training another of its
-    batch stands in. `unreadable` maps the names met so far to the reasons. Raises ValueError for a
-    class without images, UnreadableImages once more than 5 % of the split can't be decoded.
+    batch stands in. `unreadable` maps the names met so far to the reasons, see `skip`. Raises ValueError for a class
+    without images.
     """
 
     def __init__(self, path, mean, std):
@@ -351,6 +366,18 @@ class Folder(torch.utils.data.Dataset):
         part.unreadable = {}
         part.files = [self.files[i] for i in keep.tolist()]
         return part
+
+    def skip(self, unreadable):
+        """Take note of images that can't be decoded, {name: reason}, here or in another process.
+
+        Raises UnreadableImages once they are more than 5 % of the split.
+        """
+        self.unreadable |= unreadable
+        if len(self.unreadable) > 0.05 * len(self):
+            raise UnreadableImages(
+                f"{len(self.unreadable)} of {len(self)} images can't be decoded, more than 5 %; the last is "
+                f"{list(self.unreadable)[-1]}; repair or remove them"
+            )
 
     def __getitem__(self, request):
         """(index, size, crop, draw) -> image (3, H, W) uint8, label, and None or (name, reason) if black."""
@@ -391,16 +418,11 @@ class Folder(torch.utils.data.Dataset):
             for name, reason in failed:
                 if name not in self.unreadable:
                     tqdm.write(f"warning: skipped {name}: {reason}", file=sys.stderr)
-                    self.unreadable[name] = reason
             if replace and len(failed) == len(labels):
                 raise UnreadableImages(
                     f"no image of a batch can be decoded, {failed[0][0]} and others; repair or remove them"
                 )
-            if len(self.unreadable) > 0.05 * len(self):
-                raise UnreadableImages(
-                    f"{len(self.unreadable)} of {len(self)} images can't be decoded, more than 5 %; the last is "
-                    f"{list(self.unreadable)[-1]}; repair or remove them"
-                )
+            self.skip(dict(failed))
             images, labels = (v.to(device, non_blocking=True) for v in (images, labels))
             yield normalise(images, self.mean, self.std), labels
 
@@ -713,30 +735,14 @@ def folder(path):
 def fetch(folder, name, url, md5):
     """The path of a data file; downloads it when it is not there. md5: checksums by name.
 
-    A download goes to a temporary name and is kept only if its checksum is right.
     Raises ValueError if the network or the checksum fails.
     """
-    path, part = folder / name, folder / f"{name}.part"
-    if path.exists():
-        return path
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url + name, timeout=30) as response, part.open("wb") as file:
-            size = int(response.headers.get("Content-Length", 0))
-            with tqdm(total=size, unit="B", unit_scale=True, desc=name) as bar:
-                while block := response.read(1 << 16):
-                    file.write(block)
-                    bar.update(len(block))
-        found = hashlib.md5(part.read_bytes()).hexdigest()
-        if found != md5[name]:
-            raise ValueError(f"{url}{name} came with the checksum {found}, not {md5[name]}; not kept, try again")
-        part.rename(path)
-    except (OSError, http.client.HTTPException) as error:
+        return download(url + name, folder / name, f"md5:{md5[name]}")
+    except ValueError as error:
+        raise ValueError(f"{url}{name}: {error}; try again") from None
+    except BROKEN as error:
         raise ValueError(
             f"{name} is not in {folder} and {url} can't be reached ({error}); put it there, or name "
             "the folder that has it with --data-dir"
         ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-    return path

@@ -75,6 +75,13 @@ def test_batches(model, split, config):
     device = torch.device(config.device)
     yield from split.test_batches(config.img_size, config.micro_batch, device, processes.every())
     model.train()
+    share_unreadable(split)
+
+
+def share_unreadable(split):
+    """Let each process know which images of a split others could not decode; raises UnreadableImages for too many."""
+    if unreadable := processes.union(split.unreadable):
+        split.skip(unreadable)
 
 
 # ---------------------------------------------------------------------------------------------

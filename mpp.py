@@ -24,7 +24,7 @@ def mean_colour(images, patch_size, mean, std):
     8 equal steps; the first channel is the highest digit.
     """
     colours = vit.patchify(images.float(), patch_size).unflatten(2, (-1, images.shape[1])).mean(dim=2)  # (B, N, C)
-    colours = colours * torch.tensor(std).to(colours) + torch.tensor(mean).to(colours)
+    colours = colours * torch.as_tensor(std).to(colours) + torch.as_tensor(mean).to(colours)
     steps = (colours * 2**BITS).long().clamp(0, 2**BITS - 1)
     digits = 2 ** (BITS * torch.arange(images.shape[1] - 1, -1, -1, device=images.device))  # 64, 8, 1
     return (steps * digits).sum(dim=2)
@@ -57,7 +57,9 @@ class MPP(nn.Module):
 
     def __init__(self, encoder, mean, std):
         super().__init__()
-        self.encoder, self.mean, self.std = encoder, mean, std
+        self.encoder = encoder
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values), persistent=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.dim))
         self.head = nn.Linear(encoder.dim, 2 ** (BITS * len(mean)))
         nn.init.normal_(self.mask_token, std=0.02)

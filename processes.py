@@ -42,6 +42,12 @@ def end():
         dist.destroy_process_group()
 
 
+def say(text):
+    """Print once, whatever the number of processes."""
+    if RANK == 0:
+        print(text)
+
+
 def is_alone(error):
     """Whether an error says that another process could not be reached, which it was waited for: it has died."""
     return COUNT > 1 and any(
@@ -79,6 +85,14 @@ def gather(tensor):
     parts = [torch.empty_like(tensor) for _ in range(COUNT)]
     dist.all_gather(parts, tensor.contiguous())
     return torch.stack(parts)
+
+
+def union(entries):
+    """The entries of all processes' dictionaries."""
+    parts = [entries] * COUNT
+    if COUNT > 1:
+        dist.all_gather_object(parts, entries)
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def agree(*flags):

@@ -16,12 +16,9 @@ LayerNorm eps in their config.json, often 1e-12. Create the model with that for 
 
 import argparse
 import hashlib
-import http.client
 import os
 import re
-import tempfile
 import urllib.parse
-import urllib.request
 import zipfile
 import zlib
 from pathlib import Path
@@ -29,7 +26,8 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
-from tqdm import tqdm
+
+from download import BROKEN, download
 
 # ---------------------------------------------------------------------------------------------
 # Files
@@ -92,43 +90,21 @@ def explain(error):
 # ---------------------------------------------------------------------------------------------
 
 
-def download(url):
+def cached(url):
     """The path of a copy of the file at a URL, in $VIT_CACHE, by default ~/.cache/vit-hpm; made once, used again.
 
     A name as vit-0123abcd.pth carries the start of the file's SHA-256 (torch.hub's convention): it is checked.
-    A file comes to its final name only when it is whole and holds weights. Raises ValueError if any of this fails.
+    Raises ValueError if that, or the network, fails, or if what comes is no file of weights.
     """
     name = urllib.parse.urlsplit(url).path.rpartition("/")[2][-100:]
     folder = Path(os.environ.get("VIT_CACHE") or "~/.cache/vit-hpm").expanduser()
     path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"  # many are called model.safetensors
-    if path.exists():
-        return path
-    digest, done, part = hashlib.sha256(), 0, None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False)
-        part = Path(file.name)
-        with file, urllib.request.urlopen(url, timeout=30) as response:
-            size = int(response.headers.get("Content-Length", 0))
-            with tqdm(total=size or None, unit="B", unit_scale=True, desc=name) as bar:
-                while block := response.read(1 << 20):
-                    file.write(block)
-                    digest.update(block)
-                    done += len(block)
-                    bar.update(len(block))
-        if size and done != size:
-            raise ValueError(f"only {done} of {size} bytes came; try again")
-        wanted = re.search(r"-([0-9a-f]{8,64})\.\w+$", name)
-        if wanted and not digest.hexdigest().startswith(wanted[1]):
-            raise ValueError(f"its SHA-256 starts with {digest.hexdigest()[: len(wanted[1])]}, not as its name says")
-        file_format(part)  # a page that says "please log in" must not stay in the cache
-        part.replace(path)
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise ValueError(f"can't download {url}: {explain(error)}; nothing was kept") from None
-    finally:
-        if part:
-            part.unlink(missing_ok=True)
-    return path
+    hexadecimal = re.search(r"-([0-9a-f]{8,64})\.\w+$", name)
+    checksum = f"sha256:{hexadecimal[1]}" if hexadecimal else None
+    try:  # a page that says "please log in" must not stay in the cache
+        return download(url, path, checksum, check=file_format)
+    except (*BROKEN, ValueError) as error:
+        raise ValueError(f"can't download {url}: {explain(error)}; try again") from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -147,7 +123,7 @@ def tensors(source, which="student"):
     if which not in WRAPPERS:
         raise ValueError(f"unknown model {which!r}; there are student and teacher")
     url = str(source).startswith(("http://", "https://"))
-    path = download(str(source)) if url else Path(source)
+    path = cached(str(source)) if url else Path(source)
     if not path.is_file():
         raise ValueError(f"no weights at {source}; check the path" + ", it is that of a folder" * path.is_dir())
     try:
@@ -297,7 +273,7 @@ def rename(name, table):
 def read(source, which="student"):
     """The weights of a ViT or a masked autoencoder: name -> tensor, under this project's names.
 
-    source  a path or an http(s) URL (see `download`): a torch, safetensors or NumPy file by timm, DeiT, DINO, MAE,
+    source  a path or an http(s) URL (see `cached`): a torch, safetensors or NumPy file by timm, DeiT, DINO, MAE,
             HPM, Hugging Face (ViTModel, ViTForImageClassification, ViTMAEForPreTraining), Google, or ours
     which   "student" or "teacher", where a file holds both; else the one that it holds
 

@@ -1,6 +1,6 @@
 """How fast it is, beside others: `python -m tests.bench`.
 
-Everything that one row compares runs in one process, in turn, again and again; a row gives medians, so that a busy
+Everything that one table compares runs in one process, in turn, again and again; a row gives medians, so that a busy
 machine slows all of them alike. Times are also given in units of a matrix product measured among them: the time
 that the model's floating-point operations would take at the rate of a 2048 x 2048 product. Peers are used if they are
 installed (timm, torchvision, transformers, vit-pytorch), and named if they are not. On CUDA: bfloat16, compiled too.
@@ -10,11 +10,18 @@ installed (timm, torchvision, transformers, vit-pytorch), and named if they are 
 """
 
 import argparse
+import copy
 import importlib.metadata
+import importlib.util
+import math
+import re
 import statistics
+import tempfile
 import time
+from pathlib import Path
 
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 import data
@@ -33,31 +40,62 @@ def clock(work, device):
     return time.perf_counter() - start
 
 
+def peak_memory(work, device):
+    """MiB that a call needs at its peak beyond what was taken before it; on a CPU Linux alone says."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
+    except OSError:
+        return math.nan
+
+    def resident(name):
+        return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+    before = resident("VmRSS")
+    work()
+    return (resident("VmHWM") - before) / 2**10
+
+
 def matrix_product(device, dtype):
     """A 2048³ product, and its floating-point operations."""
     a, b = torch.randn(2, 2048, 2048, device=device).to(dtype)
     return lambda: a @ b, 2 * 2048**3
 
 
+def in_turn(contestants, repeats, device):
+    """Median seconds of each, all called again and again; each time another one is the first."""
+    names, times = list(contestants), {name: [] for name in contestants}
+    for repeat in range(-1, repeats):
+        for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
+            seconds = clock(contestants[name], device)
+            if repeat >= 0:  # the first round warms up
+                times[name].append(seconds)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
 def compare(title, contestants, flops, args):
-    """Print a row for each contestant: median seconds, over ours, and over the matrix product's rate."""
+    """Print a row for each contestant: median seconds, over ours, over the matrix product's rate, and memory.
+
+    contestants: name -> a call; flops: its floating-point operations, of all or name -> of each.
+    """
     device = torch.device(args.device)
     product, product_flops = matrix_product(device, args.dtype)
-    times = {name: [] for name in ("product", *contestants)}
-    for repeat in range(args.repeats + 1):
-        for name, work in (("product", product), *contestants.items()):
-            seconds = min(clock(work, device) for _ in range(3 if name == "product" else 1))
-            if repeat:  # the first round warms up
-                times[name].append(seconds)
-    median = {name: statistics.median(values) for name, values in times.items()}
-    rate = product_flops / median["product"]
+    several = 4  # a product is short
+    median = in_turn({"product": lambda: [product() for _ in range(several)]} | contestants, args.repeats, device)
+    rate = several * product_flops / median.pop("product")
     print(f"\n{title}; the product reaches {rate / 1e9:.0f} GFLOP/s")
-    print(f"{'':34}{'seconds':>9}{'images/s':>10}{'over ours':>11}{'over product':>14}{'utilisation':>13}")
+    print(
+        f"{'':24}{'seconds':>9}{'images/s':>10}{'over ours':>11}{'over product':>14}{'utilisation':>13}{'peak MiB':>10}"
+    )
     for name, seconds in median.items():
-        if name != "product":
-            over = seconds * rate / flops
-            speed = f"{args.batch_size / seconds:10.1f}{seconds / median['ours']:11.2f}"
-            print(f"{name:34}{seconds:9.3f}{speed}{over:14.2f}{100 / over:11.0f} %")
+        over = seconds * rate / (flops[name] if isinstance(flops, dict) else flops)
+        memory = peak_memory(contestants[name], device)
+        speed = f"{args.batch_size / seconds:10.1f}{seconds / median['ours']:11.2f}"
+        print(f"{name:24}{seconds:9.3f}{speed}{over:14.2f}{100 / over:8.0f} %{memory:10.0f}")
     return median["ours"]
 
 
@@ -110,31 +148,44 @@ def vit_peers(missing):
     return models
 
 
-def vit_pytorch_vit():
+def vit_pytorch_vit(pool="cls"):
     import vit_pytorch
 
     return vit_pytorch.ViT(
-        image_size=224, patch_size=16, num_classes=1000, dim=768, depth=12, heads=12, mlp_dim=3072, channels=3
+        image_size=224, patch_size=16, num_classes=1000, dim=768, depth=12, heads=12, mlp_dim=3072, pool=pool
     )
+
+
+def compiled(models):
+    """The same models once more, each compiled; HPM as train.py does it, the student and the teacher's prediction."""
+    models = {f"{name}, compiled": copy.deepcopy(model) for name, model in models.items()}
+    for model in models.values():
+        getattr(model, "student", model).compile()
+        if getattr(model, "teacher", None) is not None:
+            model.teacher.predict_loss = torch.compile(model.teacher.predict_loss)
+    return models
 
 
 def pretraining_step(model, images, args):
     """Forward, backward, AdamW and, with a teacher, its update."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    options = {"hard_fraction": 0.25} if isinstance(model, hpm.HPM) else {}
 
     def step():
         with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == torch.bfloat16):
-            loss = model(images, 0.25)["loss"]
+            out = model(images, **options)
+            loss = out["loss"] if isinstance(out, dict) else out
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if model.teacher is not None:
+        if getattr(model, "teacher", None) is not None:
             hpm.ema_update(model.teacher, model.student, 0.999)
 
     return step
 
 
-def mae_peers(images, args, missing):
+def mae_peers(missing):
+    """MAE with ViT-B/16, as others write it."""
     models = {}
     try:
         import transformers
@@ -145,27 +196,13 @@ def mae_peers(images, args, missing):
     try:
         import vit_pytorch
 
-        model = vit_pytorch.MAE(
-            encoder=vit_pytorch_vit(), decoder_dim=512, decoder_depth=8, decoder_heads=16, decoder_dim_head=32
+        encoder = vit_pytorch_vit(pool="mean")  # with a class token its MAE (1.26.11) does not run
+        models["vit-pytorch"] = vit_pytorch.MAE(
+            encoder=encoder, decoder_dim=512, decoder_depth=8, decoder_heads=16, decoder_dim_head=32
         )
-        model(images[:1].cpu())  # some versions of it do not run
-        models["vit-pytorch"] = model
     except Exception as error:
-        missing["vit-pytorch, MAE"] = error
-
-    def step_of(model):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-
-        def step():
-            with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == torch.bfloat16):
-                out = model(images)
-            getattr(out, "loss", out).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return step
-
-    return {name: step_of(model.to(args.device)) for name, model in models.items()}
+        missing["vit-pytorch"] = error
+    return models
 
 
 def extras(model, args, step_seconds):
@@ -183,6 +220,60 @@ def extras(model, args, step_seconds):
         call()
         seconds = statistics.median(clock(call, device) for _ in range(2 * args.repeats + 1))
         print(f"{name:40}{1000 * seconds:13.2f}{100 * seconds / step_seconds:6.2f} %")
+
+
+def host_waits(step):
+    """Calls in a step that make the host wait for the GPU, as PyTorch's profiler sees them."""
+    step()
+    with torch.profiler.profile() as trace:
+        step()
+    return sum("Synchronize" in event.name for event in trace.events())
+
+
+def pipelines(args):
+    """Print images a second, from memory and from JPEGs, beside torchvision's transforms of one image at a time."""
+    device, (titles, crops) = torch.device(args.device), zip(*CROPS.items(), strict=True)
+    pixels = torch.randint(256, (2048, 1, 28, 28), dtype=torch.uint8)
+    small = data.InMemory(pixels, torch.zeros(2048).long(), (0.3,), (0.3,))
+    with tempfile.TemporaryDirectory() as folder:
+        photo = Path(importlib.util.find_spec("skimage").submodule_search_locations[0], "data/coffee.png")
+        files = [Path(folder, f"{i}.jpg") for i in range(64)]
+        with Image.open(photo) as image:
+            for i, file in enumerate(files):
+                image.convert("RGB").resize((500, 375)).rotate(i).save(file, quality=90)
+        draws = torch.rand(64, 5).tolist()
+
+        def batches(crop):
+            return lambda: [0 for _ in small.train_batches((28, 28), 256, range(8), 0, crop, device)]
+
+        def decode():
+            return [data.read_image(f, (224, 224), crops[2], draw) for f, draw in zip(files, draws, strict=True)]
+
+        works = [{"ours": batches(crops[0])}, {"ours": batches(crops[1])}, {"ours": decode}]
+        try:
+            from torchvision.transforms import v2
+
+            flip = v2.RandomHorizontalFlip()
+            last = [flip, v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.3], [0.3])]
+            padded = v2.Compose([v2.RandomCrop(28, crops[0]), *last])
+            resized = v2.Compose([v2.RandomResizedCrop(28, crops[1], interpolation=3), *last])
+            photo = v2.Compose([v2.RandomResizedCrop(224, crops[2], interpolation=3), flip, v2.PILToTensor()])
+            works[0]["torchvision"] = lambda: [padded(image) for image in pixels]
+            works[1]["torchvision"] = lambda: [resized(image) for image in pixels]
+            works[2]["torchvision"] = lambda: [photo(Image.open(file).convert("RGB")) for file in files]
+        except ImportError:
+            pass  # it is named among the missing ones
+        print(f"\n{'images/s, one process':48}{'ours':>10}{'torchvision':>13}")
+        for title, images, work in zip(titles, (2048, 2048, 64), works, strict=True):
+            rates = {name: images / seconds for name, seconds in in_turn(work, args.repeats, device).items()}
+            print(f"{title:48}{rates['ours']:10,.0f}{rates.get('torchvision', math.nan):13,.0f}")
+
+
+CROPS = {
+    "28 px, in memory, padded crop": 2,
+    "28 px, in memory, random resized crop": (0.2, 1.0),
+    "JPEG of 500 x 375 px, random resized crop": (0.2, 1.0),
+}
 
 
 def kept_for_backward(model, images):
@@ -233,9 +324,11 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compiled too; default on cuda")
     parser.add_argument("--growth", action="store_true", help="how time and memory grow")
     args = parser.parse_args()
     args.dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    args.compile = args.device == "cuda" if args.compile is None else args.compile
     torch.manual_seed(0)
     device, missing, B = torch.device(args.device), {}, args.batch_size
     images = torch.randn(B, 3, 224, 224, device=device)
@@ -247,9 +340,7 @@ def main():
         return growth(args)
 
     models = {"ours": vit.create("vit_b16")} | vit_peers(missing)
-    if device.type == "cuda":
-        models["ours, compiled"] = vit.create("vit_b16")
-        models["ours, compiled"].compile()
+    models |= compiled(models) if args.compile else {}
     steps = {key: classifier_step(model.to(device).train(), images, labels, args) for key, model in models.items()}
     patches = 2 * 196 * 768 * 768
     compare("ViT-B/16, forward and backward", steps, 3 * B * (encoder_flops(197, 768, 12) + patches), args)
@@ -260,22 +351,23 @@ def main():
     # Backward costs twice the forward; the teacher of HPM runs forward alone, on all patches.
     student = encoder_flops(50, 768, 12) + patches / 4 + encoder_flops(197, 512, 8)
     teacher = encoder_flops(197, 768, 12) + patches + encoder_flops(197, 512, 8)
-    mae = hpm.create("vit_b16", predictor="none", mask="random").to(device)
-    steps = {"ours": pretraining_step(mae, images, args)} | mae_peers(images, args, missing)
+    models = {"ours": hpm.create("vit_b16", predictor="none", mask="random")} | mae_peers(missing)
+    models |= compiled(models) if args.compile else {}
+    steps = {key: pretraining_step(model.to(device), images, args) for key, model in models.items()}
     compare("MAE-B/16, one step with AdamW", steps, 3 * B * student, args)
-    model = hpm.create("vit_b16").to(device)
-    steps = {"ours": pretraining_step(model, images, args), "ours, MAE": pretraining_step(mae, images, args)}
-    flops = B * (3 * (student + encoder_flops(197, 512, 8)) + teacher)
+    steps = {f"{key}, MAE": step for key, step in steps.items() if key.startswith("ours")}
+    models = {"ours": hpm.create("vit_b16")}
+    models |= compiled(models) if args.compile else {}
+    steps |= {key: pretraining_step(model.to(device), images, args) for key, model in models.items()}
+    flops = {key: B * 3 * student for key in steps}
+    flops |= {key: B * (3 * (student + encoder_flops(197, 512, 8)) + teacher) for key in models}
     seconds = compare("HPM-B/16, one step with AdamW and the teacher's update", steps, flops, args)
-    extras(model, args, seconds)
+    extras(models["ours"], args, seconds)
     if device.type == "cuda":
-        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    del mae, model, steps
+        print(f"the host waits {host_waits(steps['ours'])} times in a step of HPM")
+    del models, steps
 
-    small = data.InMemory(torch.zeros(10_000, 1, 28, 28, dtype=torch.uint8), torch.zeros(10_000).long(), (0.3,), (0.3,))
-    for title, crop in (("padded crop and flip", 2), ("random resized crop and flip", (0.2, 1.0))):
-        seconds = clock(lambda c=crop: [0 for _ in small.train_batches((28, 28), 256, range(80), 0, c, device)], device)
-        print(f"\n28 px images in memory, {title}: {80 * 256 / seconds:,.0f} images/s")
+    pipelines(args)
     for peer, error in missing.items():
         print(f"\nnot compared with {peer}: {str(error).splitlines()[0]}")
     for package in ("timm", "torchvision", "transformers", "vit-pytorch"):

@@ -20,7 +20,15 @@ import data
 import processes
 import train
 import vit
-from tests.test_train import MICRO, PLAIN, coloured, leave_no_trace, one_step, small  # noqa: F401 (fixtures)
+from tests.test_train import (  # noqa: F401 (fixtures)
+    MICRO,
+    PLAIN,
+    coloured,
+    leave_no_trace,
+    one_step,
+    small,
+    write_images,
+)
 
 ROOT = Path(train.__file__).parent
 DRIVER = f"""
@@ -43,8 +51,8 @@ sys.exit(max(codes))
 
 
 def uneven(size=None):
-    """24 training and 11 test images: two processes get 6 and 5 of these."""
-    splits = (data.InMemory(*coloured(n, seed=n), *PLAIN) for n in (24, 11))
+    """30 training and 11 test images: two processes get 6 and 5 of these."""
+    splits = (data.InMemory(*coloured(n, seed=n), *PLAIN) for n in (30, 11))
     return data.Dataset("photos", ["red", "green", "blue"], *PLAIN, *splits)
 
 
@@ -65,15 +73,24 @@ def finish(process):
     return out
 
 
+SUPERVISED = "--lr 0.01 --mixup 0.8 --cutmix 1 --erasing 0.5 --smoothing 0.1 --batch-size 8 --micro-batch 2"
+HPM = "--task hpm --lr 0.01 --batch-size 8 --micro-batch 2 --alpha 0.5,1 --target ema"
 COMMANDS = {
-    "supervised": "--lr 0.01 --mixup 0.8 --cutmix 1 --erasing 0.5 --smoothing 0.1 --batch-size 8 --micro-batch 2",
-    "hpm": "--task hpm --lr 0.01 --batch-size 8 --micro-batch 2 --alpha 0.5,1 --target ema",
-    "blocks": "--task mae --lr 0.01 --mask block",
-    "fsdp": "--task hpm --lr 0.01 --batch-size 8 --micro-batch 2 --alpha 0.5,1 --target ema --fsdp --checkpointing",
+    "supervised": SUPERVISED,
+    "supervised-fsdp": f"{SUPERVISED} --fsdp",
+    "hpm": HPM,
+    "hpm-fsdp": f"{HPM} --fsdp --checkpointing",
+    "mae": "--task mae --lr 0.01 --mask block",
+    "mae-fsdp": "--task mae --lr 0.01 --mask block --fsdp",
+    "mpp": "--task mpp --lr 0.01",
+    "finetune": "--task finetune --init init.pt --optimizer sgd --lr 0.01,0.03 --polyak 0.9",
     "linear": "--task linear --init init.pt --lr 0.5",
     "knn": "--task knn --init init.pt",
+    "fewshot": "--task fewshot --init init.pt",
 }
-SAME = dict(fsdp="hpm")  # in one process there is nothing to shard
+SAME = {f"{name}-fsdp": name for name in ("supervised", "hpm", "mae")}  # in one process there is nothing to shard
+FROZEN = ("knn", "fewshot")
+TRAINED = [name for name in COMMANDS if name not in FROZEN]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +121,7 @@ def log(out):
     return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
 
 
-@pytest.mark.parametrize("name", COMMANDS.keys() - {"knn"})
+@pytest.mark.parametrize("name", TRAINED)
 def test_two_processes_with_half_of_each_batch_log_what_one_logs(name, runs):
     """Losses, gradient norms and scores: of masks that the teacher guides, blended pairs, micro-batches, shards."""
     folder, _ = runs
@@ -114,7 +131,7 @@ def test_two_processes_with_half_of_each_batch_log_what_one_logs(name, runs):
         assert b == pytest.approx(a, rel=2e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", COMMANDS.keys() - {"knn"})
+@pytest.mark.parametrize("name", TRAINED)
 def test_checkpoints_of_two_processes_are_those_of_one(name, runs):
     """The same names, shapes and values: of the teacher, of the optimizer, and of what was sharded."""
     folder, _ = runs
@@ -134,11 +151,14 @@ def test_checkpoints_of_two_processes_are_those_of_one(name, runs):
             torch.testing.assert_close(states[1][i][key], states[0][i][key], rtol=1e-3, atol=1e-5)
 
 
-def test_nearest_neighbours_are_those_of_one_process(runs):
-    """Features come together in the order of the images."""
+@pytest.mark.parametrize("task", FROZEN)
+def test_frozen_features_are_those_of_one_process(task, runs):
+    """They come together in the order of the images."""
     folder, _ = runs
-    one, two = (json.loads((folder / out / "result.json").read_text()) for out in ("knn", "knn-2"))
-    assert one["top1"] == two["top1"]
+    one, two = (json.loads((folder / out / "result.json").read_text()) for out in (task, f"{task}-2"))
+    scores = [name for name in one if name.startswith("top1")]
+    assert scores
+    assert [one[name] for name in scores] == [two[name] for name in scores]
 
 
 def test_the_first_process_speaks_and_writes_for_all(runs):
@@ -156,10 +176,10 @@ def test_a_run_may_go_on_with_another_number_of_processes(runs, monkeypatch):
     folder, _ = runs
     monkeypatch.setattr(data, "photos", uneven)
     monkeypatch.chdir(folder)
-    config = json.loads(Path("fsdp-2/config.json").read_text())
-    Path("fsdp-2/config.json").write_text(json.dumps(config | {"fsdp": False, "steps": 4}))
-    assert train.main("--resume --out fsdp-2".split()) == 0
-    assert [line["step"] for line in log(folder / "fsdp-2")] == [1, 2, 3, 4]
+    config = json.loads(Path("hpm-fsdp-2/config.json").read_text())
+    Path("hpm-fsdp-2/config.json").write_text(json.dumps(config | {"fsdp": False, "steps": 4}))
+    assert train.main("--resume --out hpm-fsdp-2".split()) == 0
+    assert [line["step"] for line in log(folder / "hpm-fsdp-2")] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(("n", "length"), [(2, 5), (2, 6), (3, 7), (3, 2)])
@@ -229,3 +249,40 @@ def test_a_process_that_dies_ends_the_others_within_a_minute(tmp_path):
     assert time.monotonic() - start < 90, "a minute, and the time to start"
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)  # nobody is left
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_all_processes_at_the_same_step_and_the_run_can_go_on(number, tmp_path, monkeypatch):
+    """A cluster sends SIGTERM to torchrun alone, a terminal SIGINT to all of them."""
+    process = torchrun(tmp_path, f"{MICRO} --steps 20000 --out run")
+    deadline = time.monotonic() + 120
+    while not ((tmp_path / "run/log.jsonl").exists() and log(tmp_path / "run")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number) if number == signal.SIGTERM else os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "another process is gone" not in err
+    assert "go on with: torchrun --nproc_per_node=2 train.py --resume --out run" in out
+    step = torch.load(tmp_path / "run/last.pt", weights_only=True)["step"]
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    (tmp_path / "run/config.json").write_text(json.dumps(config | {"steps": step + 1}))
+    monkeypatch.setattr(data, "photos", uneven)
+    assert train.main("--resume --out run".split()) == 0
+    assert log(tmp_path / "run")[-1]["step"] == step + 1
+
+
+@pytest.mark.slow
+def test_images_that_cannot_be_decoded_are_counted_over_all_processes(tmp_path):
+    """3 of 40 are more than 5 %, though no process met more than two of them."""
+    write_images(tmp_path / "pictures", ant=20, cat=20)
+    order = data.batch_indices(40, 40, 0, seed=0).tolist()  # batches of 4: two images for each process
+    files = data.folder(tmp_path / "pictures").train.files
+    for i in (order[0], order[2], order[6]):
+        Path(files[i][0]).write_text("no image")
+    process = torchrun(tmp_path, f"{MICRO} --steps 10 --data folder:pictures --out run")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "error: 3 of 40 images can't be decoded, more than 5 %" in err, err

@@ -6,6 +6,7 @@ last ones run the program itself. Read the tests in order: they follow train.py,
 until its tests pass is the exercise.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -15,16 +16,19 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import hpm
+import recipes
+import resnet
 import train
 import vit
 from tests.test_weights import google_file
@@ -93,6 +97,18 @@ def different(one, other):
     return [name for name in one if not torch.equal(one[name], other[name])]
 
 
+def write_images(path, broken=0, **classes):
+    """folder: data with `classes` = images of each class in train, one in val; the first `broken` are no images."""
+    for split in ("train", "val"):
+        for name, n in classes.items():
+            Path(path, split, name).mkdir(parents=True)
+            pictures = coloured(n if split == "train" else 1, seed=len(name))[0].permute(0, 2, 3, 1).numpy()
+            for i, picture in enumerate(pictures):
+                Image.fromarray(picture).save(Path(path, split, name, f"{i}.png"))
+    for i in range(broken):
+        Path(path, "train", next(iter(classes)), f"{i}.png").write_text("no image")
+
+
 def watch(monkeypatch, look):
     """Call look(step, model, config) after every step of the optimizer."""
     original = train.train_step
@@ -106,208 +122,7 @@ def watch(monkeypatch, look):
 
 
 # ---------------------------------------------------------------------------------------------
-# Recipes and the command line
-# ---------------------------------------------------------------------------------------------
-
-
-PAPERS = {  # command: batch, peak learning rate, warm-up in epochs or steps, epochs, weight decay
-    "supervised": (4096, 3e-3, "10,000 steps", 300, 0.3),  # ViT, table 3 and 4
-    "mae": (4096, 1.5e-4 * 16, "40 epochs", 800, 0.05),  # MAE, table 8
-    "hpm": (4096, 1.5e-4 * 16, "40 epochs", 800, 0.05),
-    "finetune": (1024, 5e-4 * 4, "5 epochs", 100, 0.05),  # MAE, table 9
-    "linear": (1024, 0.1 * 4, "9 epochs", 90, 0.0),  # MAE, table 10, with another optimizer
-}
-
-
-@pytest.mark.parametrize("task", PAPERS)
-def test_the_defaults_for_imagenet_are_the_papers(task, monkeypatch):
-    """On folder:PATH nothing is scaled down. ImageNet-1k has 1,281,167 training images."""
-    split = data.InMemory(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), torch.zeros(1_281_167).long(), *PLAIN)
-    monkeypatch.setattr(data, "folder", lambda path: data.Dataset("folder", ["one"] * 1000, *PLAIN, split, split))
-    config, _ = settings(f"--task {task} --data folder:imagenet --init x.pt")
-    batch, lr, warmup, epochs, decay = PAPERS[task]
-    assert (config.batch_size, config.epochs, config.weight_decay) == (batch, epochs, decay)
-    assert config.lr == pytest.approx(lr)
-    assert config.steps == math.ceil(epochs * 1_281_167 / batch)
-    number, unit = warmup.replace(",", "").split()
-    assert config.warmup == pytest.approx(int(number) * (1_281_167 / batch if unit == "epochs" else 1), rel=0.01)
-    assert config.mask_ratio == 0.75
-    assert config.alpha == (0.0, 0.5)
-
-
-@pytest.mark.parametrize("batch", [4, 8, 24, 512])
-def test_the_learning_rate_grows_with_the_batch_unless_it_is_given(batch, small):
-    """lr = recipe's * B / 256 (Goyal et al. 2017)."""
-    recipe = train.RECIPES["supervised", "photos"]["lr"]
-    config, _ = settings(f"--arch vit_micro4 --batch-size {batch}")
-    assert config.lr == pytest.approx(recipe * batch / 256)
-    config, _ = settings(f"--arch vit_micro4 --batch-size {batch} --lr 0.007")
-    assert config.lr == 0.007, "a learning rate that is given is not scaled"
-
-
-@pytest.mark.parametrize(("epochs", "batch", "steps"), [(1, 4, 6), (2, 5, 10), (0.5, 4, 3), (0.01, 4, 1), (3, 48, 2)])
-def test_epochs_become_steps_rounded_up_and_warm_up_is_a_share_of_them(epochs, batch, steps, small):
-    """24 images an epoch."""
-    config, _ = settings(f"--arch vit_micro4 --batch-size {batch} --epochs {epochs}")
-    assert config.steps == steps
-    assert config.warmup == round(train.RECIPES["supervised", "photos"]["warmup"] * steps)
-    assert settings(f"--arch vit_micro4 --epochs {epochs} --warmup 0")[0].warmup == 0, "0 is a choice, not a gap"
-
-
-def test_the_image_size_is_the_datas_own_or_224_or_what_is_given(small, monkeypatch):
-    monkeypatch.setattr(data, "fashion_mnist", lambda path: small_photos()._replace(name="fashion-mnist"))
-    for command, size in (
-        ("--data fashion-mnist --arch vit_micro4", (28, 28)),
-        ("--data fashion-mnist --arch vit_b16", (224, 224)),
-        ("--arch vit_b16", (224, 224)),
-        ("--arch vit_micro4 --img-size 192x256", (192, 256)),
-    ):
-        assert settings(command)[0].img_size == size, command
-
-
-def test_labels_keeps_as_many_images_of_each_class(small):
-    _, dataset = settings("--arch vit_micro4 --labels 9")
-    assert dataset.train.labels.bincount().tolist() == [3, 3, 3]
-    assert len(dataset.test) == 10
-
-
-def test_help_fits_one_screen(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
-    assert run("--help") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 60
-    assert max(map(len, lines)) <= 120
-
-
-def write_images(path, broken=0, **classes):
-    """folder: data with `classes` = images of each class in train, one in val; the first `broken` are no images."""
-    for split in ("train", "val"):
-        for name, n in classes.items():
-            Path(path, split, name).mkdir(parents=True)
-            pictures = coloured(n if split == "train" else 1, seed=len(name))[0].permute(0, 2, 3, 1).numpy()
-            for i, picture in enumerate(pictures):
-                Image.fromarray(picture).save(Path(path, split, name, f"{i}.png"))
-    for i in range(broken):
-        Path(path, "train", next(iter(classes)), f"{i}.png").write_text("no image")
-
-
-BAD = {  # the command: words that its error has to have
-    "--task supervise": "--task 'supervise' supervised finetune knn",
-    "--task HPM": "--task 'HPM' hpm",
-    "--arch vit_b15": "--arch 'vit_b15' vit_b16 vit_micro4",
-    "--data photo": "'photo' photos fashion-mnist folder:PATH",
-    "--task mae --mask blok": "--mask 'blok' block grid random",
-    "--task mae --target pixel": "--target 'pixel' pixels norm-pixels hog",
-    "--task hpm --predictor-loss relativ": "--predictor-loss 'relativ' relative absolute none",
-    "--optimizer adam": "--optimizer 'adam' adamw sgd",
-    "--decay cos": "--decay 'cos' cosine linear",
-    "--dtype float16": "--dtype 'float16' bfloat16 float32",
-    "--model vit_b16": "--model --help",
-    "--lr fast": "--lr 'fast' --help",
-    "--alpha 0.5": "--alpha '0.5' --help",
-    "--img-size 30": "30x30 patch size 4 use 32x32",
-    "--img-size 16x18": "16x18 patch size 4 use",
-    "--img-size 0": "--img-size '0' --help",
-    "--batch-size 6 --micro-batch 4": "--micro-batch 4 --batch-size 6 divisor",
-    "--epochs 1 --steps 2": "--epochs --steps one of them",
-    "--steps 0": "--steps 0 above 0",
-    "--epochs -1": "--epochs -1.0 above 0",
-    "--epochs inf": "--epochs inf above 0",
-    "--lr 0": "--lr 0.0 above 0",
-    "--lr nan": "--lr nan above 0",
-    "--lr 0.1,0": "--lr (0.1, 0.0) above 0",
-    "--lr 0.1,": "--lr '0.1,' --help",
-    "--task mae --lr 0.1,0.2": "--lr mae give one",
-    "--polyak 1": "--polyak 1.0 [0, 1)",
-    "--task mae --polyak 0.9": "--polyak --task supervised finetune leave it out",
-    "--pos-embed 3d": "--pos-embed '3d' 2d none relative",
-    "--task hpm --pos-embed 2d": "hpm sine-cosine --pos-embed leave",
-    "--arch resnet50 --dropout 0.1": "--dropout resnet50 leave it out",
-    "--arch resnet50 --task mae": "resnet50 convolutions hidden patches",
-    "--arch r50_vit_b16 --img-size 32 --task mpp": "r50_vit_b16 convolutions hidden patches",
-    "--deduplicate photo": "'photo' photos fashion-mnist",
-    "--task fewshot": "--task fewshot --init",
-    "--batch-size 0": "--batch-size 0 above 0",
-    "--micro-batch 0": "--micro-batch 0 above 0",
-    "--labels 0": "--labels 0 above 0",
-    "--seed -1": "--seed -1 at least 0",
-    "--weight-decay -0.1": "--weight-decay -0.1 at least 0",
-    "--mixup -1": "--mixup -1.0 at least 0",
-    "--dropout 1": "--dropout 1.0 [0, 1)",
-    "--drop-path 1": "--drop-path 1.0 [0, 1)",
-    "--smoothing 1": "--smoothing 1.0 [0, 1)",
-    "--erasing -0.5": "--erasing -0.5 [0, 1)",
-    "--layer-decay 0": "--layer-decay 0.0 (0, 1]",
-    "--randaugment 11": "--randaugment 11.0 0 to 10",
-    "--randaugment 9": "--randaugment folder:PATH leave it out",
-    "--task fewshot --init init.pt --labels 9": "fewshot 5 10 --labels",
-    "--labels 25": "25 24 ask for fewer",
-    "--task mae --mask-ratio 0": "mask ratio 0.0 between 0 and 1 0.75",
-    "--task mae --mask-ratio 1": "mask ratio 1.0 between 0 and 1 0.75",
-    "--task hpm --mask-ratio 0.99": "mask ratio 0.99 hides 16 of 16 at least 1",
-    "--task hpm --mask-ratio 0.01": "mask ratio 0.01 hides 1 of 16 2 be hidden",
-    "--task hpm --alpha 0,1.5": "--alpha 1.5 [0, 1] as 0,0.5",
-    "--task hpm --predictor-loss none": "hard masks loss predictor relative another mask",
-    "--task hpm --target dino": "--target dino --target-weights",
-    "--task hpm --target clip --target-weights none.pt": "none.pt check the path",
-    "--task linear": "--task linear --init",
-    "--task knn": "--task knn --init",
-    "--task finetune": "--task finetune --init",
-    "--task finetune --init none.pt": "none.pt check the path",
-    "--task finetune --init text.pt": "text.pt torch safetensors .npz",
-    "--task finetune --init page.pt": "page.pt a web page",
-    "--task mae --init objects.npz": "objects.npz Object arrays",
-    "--task hpm --init http://nowhere.invalid/vit.pt": "http://nowhere.invalid/vit.pt closed nothing was kept",
-    "--task mae --init deep.pt": "deep.pt does not fit decoder depth 3 2",
-    "--task linear --init narrow.pt": "narrow.pt does not fit 32 64",
-    "--data fashion-mnist --data-dir here": "fashion-mnist here can't be reached --data-dir",
-    "--data folder:nowhere": "nowhere/train PATH/train/CLASS",
-    "--data folder:empty": "no image empty/train/ant .png remove",
-    "--data folder:odd": "odd/train odd/val differ bee only in val",
-    "--resume": "nothing to resume run/config.json --out leave --resume out",
-    "--fsdp": "--fsdp several processes torchrun",
-    "--device cuda": "--device cuda GPU --device cpu",
-}
-
-
-@pytest.mark.parametrize("command", BAD)
-def test_a_mistake_is_answered_in_one_line_that_helps_and_nothing_is_written(command, small, monkeypatch, capsys):
-    """What was given, what is allowed, what to do; exit code 2."""
-    write_images("empty", ant=2, cat=1)
-    for file in Path("empty/train/ant").iterdir():
-        file.unlink()
-    write_images("odd", ant=1)
-    Path("odd/val/bee").mkdir()
-    Image.new("RGB", (8, 8)).save("odd/val/bee/1.png")
-    Path("text.pt").write_text("no weights")
-    Path("page.pt").write_text("<html>Please log in</html>")
-    np.savez("objects.npz", cls=np.array([{}], dtype=object))
-    if "deep.pt" in command:
-        deep = hpm.create("vit_micro4", 16, 3, mask="random", predictor="none", decoder=(64, 3, 4))
-        torch.save({"model": deep.state_dict()}, "deep.pt")
-    if "narrow.pt" in command:
-        torch.save(vit.ViT(16, 4, num_classes=0, dim=32, depth=6, num_heads=4).state_dict(), "narrow.pt")
-
-    def closed(*_, **__):
-        raise OSError("the network is closed")
-
-    monkeypatch.setattr(urllib.request, "urlopen", closed)
-    monkeypatch.setenv("VIT_CACHE", "cache")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    given = command.split()
-    rest = [pair for pair in ("--arch vit_micro4", "--img-size 16", "--out run") if pair.split()[0] not in given]
-    assert run(" ".join([command, *rest])) == 2
-    out, err = capsys.readouterr()
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1, f"not one line: {err}"
-    missing = [word for word in BAD[command].split() if word not in err]
-    assert not missing, f"{missing} are not in: {err}"
-    assert not out, "nothing has begun"
-    assert not Path("run").exists(), "a mistake leaves no folder behind"
-
-
-# ---------------------------------------------------------------------------------------------
-# Models, their optimizer, their schedule
+# The model, its optimizer, its learning rate
 # ---------------------------------------------------------------------------------------------
 
 
@@ -465,6 +280,58 @@ def test_a_small_gradient_is_not_stretched_to_norm_1(small):
     norm = math.sqrt(sum(((before[n] - after[n]).double() / 0.1).square().sum().item() for n in before))
     assert values["grad_norm"] < 1
     assert norm == pytest.approx(values["grad_norm"].item(), rel=1e-3)
+
+
+class Copies(TorchDispatchMode):
+    """Notes the copies between devices for which the host waits."""
+
+    def __init__(self):
+        super().__init__()
+        self.awaited = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        devices = {value.device.type for value in (*args, out) if isinstance(value, torch.Tensor) and value.ndim}
+        if len(devices) > 1 and not (kwargs or {}).get("non_blocking"):
+            self.awaited.append(f"{operation}: {devices}")
+        return out
+
+
+STEPS = [
+    "--mixup 0.8 --cutmix 1 --erasing 0.5 --smoothing 0.1 --dropout 0.1 --drop-path 0.1",
+    "--task mpp",
+    "--task mae --mask block --target norm-pixels",
+    "--task mae --mask grid --target hog",
+    "--task hpm --alpha 0.5,1",
+    "--task hpm --target ema --predictor-loss absolute",
+]
+
+
+@pytest.mark.parametrize("command", STEPS)
+def test_the_host_does_not_wait_for_the_device_in_a_step(command, small, monkeypatch):
+    """From the batch to the teacher's update, two micro-batches. Else a GPU stands still while the host catches up.
+
+    The device "meta" computes shapes alone: there are no values to wait for, so whatever reads one fails. And a copy
+    from the host has to be one that it need not wait for, out of pinned memory.
+    """
+    meta, generator = torch.device("meta"), data.generator
+    monkeypatch.setattr(data, "generator", lambda *key, device="cpu": generator(*key))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(train, "autocast", lambda config: contextlib.nullcontext())
+    config, dataset = settings(f"{command} --arch vit_micro4 --img-size 16 --batch-size 8 --micro-batch 4")
+    model = train.build(config, dataset).to(meta)
+    config.device = "meta"
+    optimizer = SimpleNamespace(step=lambda: None, zero_grad=lambda: None)  # PyTorch's own has no meta kernel
+    batches = dataset.train.train_batches(config.img_size, 8, range(2), config.seed, config.crop, meta)
+    next(batches)  # moves the images and what else stays on the device
+    with Copies() as copies:
+        images, targets = next(batches)
+        images, targets = train.disturb(images, targets, len(dataset.classes), config, 1)
+        values = train.train_step(model, optimizer, images, targets, config, 1)
+        if config.task == "hpm":
+            hpm.ema_update(model.teacher, model.student, 0.999)
+    assert not copies.awaited
+    assert {value.device for value in values.values()} == {meta}, "read already"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -931,7 +798,8 @@ def test_fine_tuning_at_a_higher_resolution_says_what_became_of_the_positions(
 
 def test_few_examples_are_as_many_of_each_class(pretrained, small, no_figures, monkeypatch, capsys):
     """The larger number is taken from the training images, and the smaller one from these."""
-    monkeypatch.setattr(train, "SHOTS", (2, 7))
+    for module in (recipes, train):
+        monkeypatch.setattr(module, "SHOTS", (2, 7))
     seen = []
     few_shot = train.few_shot
     monkeypatch.setattr(train, "few_shot", lambda *given: (seen.append(given[0][1]), few_shot(*given))[1])
@@ -1005,7 +873,7 @@ def test_training_images_that_occur_in_a_test_set_are_dropped_and_counted(monkey
 @pytest.mark.parametrize("arch", ["resnet50", "r26_vit_s32"])
 def test_convolutional_archs_train_fine_tune_and_are_probed(arch, small, no_figures, monkeypatch):
     """`supervised`, `finetune` and `linear` of the baseline and the hybrid, here with two stages of one bottleneck."""
-    table, key = (train.resnet.ARCHS, "depths") if arch == "resnet50" else (vit.ARCHS, "backbone")
+    table, key = (resnet.ARCHS, "depths") if arch == "resnet50" else (vit.ARCHS, "backbone")
     monkeypatch.setitem(table, arch, table[arch] | {key: (1, 1)} | ({} if key == "depths" else {"depth": 1}))
     common = f"--arch {arch} --img-size 32 --batch-size 4 --steps 3"
     assert run(f"{common} --out first") == 0

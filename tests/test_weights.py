@@ -261,7 +261,7 @@ def test_a_hash_in_the_name_is_checked(site, tmp_path):
     right = hashlib.sha256(content[0]).hexdigest()[:8]
     wrong = right[:-1] + ("0" if right[-1] != "0" else "1")
     pages[f"/vit-{right}.pth"] = pages[f"/vit-{wrong}.pth"] = content
-    one_line(f"{address}/vit-{wrong}.pth", f"SHA-256 starts with {right}")
+    one_line(f"{address}/vit-{wrong}.pth", f"checksum sha256:{right}, not sha256:{wrong}")
     assert kept(tmp_path) == []
     same(weights.read(f"{address}/vit-{right}.pth"), state)
 
