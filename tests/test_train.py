@@ -312,9 +312,14 @@ def test_the_host_does_not_wait_for_the_device_in_a_step(command, small, monkeyp
     """From the batch to the teacher's update, two micro-batches. Else a GPU stands still while the host catches up.
 
     The device "meta" computes shapes alone: there are no values to wait for, so whatever reads one fails. And a copy
-    from the host has to be one that it need not wait for, out of pinned memory.
+    from the host has to be one that it need not wait for, out of pinned memory. That of `torch.tensor` is not.
     """
-    meta, generator = torch.device("meta"), data.generator
+    meta, generator, tensor = torch.device("meta"), data.generator, torch.tensor
+
+    def tensor_on_host(values, device="cpu", **options):
+        assert torch.device(device).type == "cpu"
+        return tensor(values, **options)
+
     monkeypatch.setattr(data, "generator", lambda *key, device="cpu": generator(*key))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(train, "autocast", lambda config: contextlib.nullcontext())
@@ -324,6 +329,7 @@ def test_the_host_does_not_wait_for_the_device_in_a_step(command, small, monkeyp
     optimizer = SimpleNamespace(step=lambda: None, zero_grad=lambda: None)  # PyTorch's own has no meta kernel
     batches = dataset.train.train_batches(config.img_size, 8, range(2), config.seed, config.crop, meta)
     next(batches)  # moves the images and what else stays on the device
+    monkeypatch.setattr(torch, "tensor", tensor_on_host)
     with Copies() as copies:
         images, targets = next(batches)
         images, targets = train.disturb(images, targets, len(dataset.classes), config, 1)
