@@ -144,7 +144,8 @@ def interpolation_matrix(old, new, original=False):
     """The linear map that resamples `old` points on a line to `new` points: (new, old) float64.
 
     original=False  cubic convolution (Keys 1981, a = -1/2) about pixel centres, widened when
-                    shrinking so that nothing is aliased. What timm, DeiT and MAE's users run today.
+                    shrinking so that nothing is aliased. What timm runs today. (The official code of
+                    DeiT and MAE calls torch's bicubic without antialias: a = -3/4, never widened.)
     original=True   linear, first and last points kept in place. What the ViT authors ran (scipy's
                     zoom, order 1).
     """
