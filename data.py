@@ -20,9 +20,11 @@ import difflib
 import functools
 import gzip
 import importlib.util
+import itertools
 import math
 import os
 import random
+import signal
 import sys
 import tarfile
 import zlib
@@ -192,8 +194,9 @@ def mix(images, labels, classes, mixup, cutmix, seed, step, batch_size, here=sli
     )
     centre = rng.random((batch_size, 2))
     coin, weight, centre = (to_device(torch.as_tensor(v[here]), images.device) for v in (coin, weight, centre))
+    weight, centre = weight.float(), centre.float()
     weights = torch.where(coin[:, None, None, None], mixup_weights(weight, size), cutmix_weights(weight, centre, size))
-    return blend(images, F.one_hot(labels, classes).float(), weights.float())
+    return blend(images, F.one_hot(labels, classes).float(), weights)
 
 
 def erase(images, probability, seed, step, batch_size, here=slice(None)):
@@ -223,6 +226,14 @@ def normalise(images, mean, std):
 def channels(values, device):
     """A number for each channel, as (C, 1, 1) on the device. Copied there once, for the host waits for that."""
     return torch.tensor(values, device=device).view(-1, 1, 1)
+
+
+def to_plus_minus_1(dataset):
+    """The same data, pixels brought to [-1, 1] in place of mean 0 and deviation 1, as Google's models want them."""
+    half = (0.5,) * len(dataset.mean)
+    for split in (dataset.train, dataset.test):
+        split.mean = split.std = half
+    return dataset._replace(mean=half, std=half)
 
 
 def to_device(tensor, device):
@@ -329,6 +340,9 @@ class Features:
         yield from zip(self.features[here].split(batch_size), self.labels[here].split(batch_size), strict=True)
 
 
+REQUEST = 64  # images that a worker decodes at a time
+
+
 class Folder(torch.utils.data.Dataset):
     """Images on disk, PATH/CLASS/*.{jpg,png,…}: decoded, cropped and flipped by DataLoader workers.
 
@@ -339,7 +353,9 @@ class Folder(torch.utils.data.Dataset):
 
     def __init__(self, path, mean, std):
         self.mean, self.std, self.files, self.unreadable, self.randaugment = mean, std, [], {}, 0.0
-        self.middle = 7 / 8  # of the short side is what a test sees: ImageNet's 224 of 256
+        self.crop_pct = (
+            None  # how much of the short side a test sees; None: ImageNet's 224 of 256, all of larger images
+        )
         self.classes = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
         for label, name in enumerate(self.classes):
             files = sorted(str(f) for f in Path(path, name).iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
@@ -384,7 +400,8 @@ class Folder(torch.utils.data.Dataset):
         index, size, crop, draw = request
         file, label = self.files[index]
         try:
-            return read_image(file, size, crop, draw, self.randaugment, self.middle), label, None
+            crop_pct = self.crop_pct or (7 / 8 if max(size) <= 224 else 1.0)
+            return read_image(file, size, crop, draw, self.randaugment, crop_pct), label, None
         except Exception as error:  # whatever a decoder raises for a broken file
             return torch.zeros(3, *size, dtype=torch.uint8), label, (file, str(error) or type(error).__name__)
 
@@ -395,9 +412,13 @@ class Folder(torch.utils.data.Dataset):
             for step in steps:
                 index = batch_indices(len(self), batch_size, step, seed)[here].tolist()
                 draw = torch.rand(batch_size, 5, generator=generator(seed, CROP, step))[here].tolist()
-                yield [(i, size, crop, d) for i, d in zip(index, draw, strict=True)]
+                rows = [(i, size, crop, d) for i, d in zip(index, draw, strict=True)]
+                yield from (rows[i : i + REQUEST] for i in range(0, len(rows), REQUEST))
 
-        return self._load(requests(), device, replace=True)
+        loaded = self._load(requests(), device, replace=True)
+        parts = math.ceil(len(range(batch_size)[here]) / REQUEST)  # of a step, each from another worker
+        while step := list(itertools.islice(loaded, parts)):
+            yield step[0] if parts == 1 else tuple(torch.cat(part) for part in zip(*step, strict=True))
 
     def test_batches(self, size, batch_size, device, here=slice(None)):
         """As `InMemory.test_batches`; an image that can't be decoded has label -1 and is black."""
@@ -410,7 +431,8 @@ class Folder(torch.utils.data.Dataset):
             self,
             batch_sampler=requests,
             generator=torch.Generator(),  # else the workers' seed, which nothing uses, is drawn from the global one
-            num_workers=min(8, os.cpu_count()),
+            num_workers=workers(),
+            worker_init_fn=ignore_sigterm,
             collate_fn=functools.partial(collate, replace=replace),
             pin_memory=device.type == "cuda",
         )
@@ -427,14 +449,25 @@ class Folder(torch.utils.data.Dataset):
             yield normalise(images, self.mean, self.std), labels
 
 
+def workers():
+    """How many processes decode images: this process's share of the machine's cores, 32 at most."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(32, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # torchrun says how many share it
+
+
+def ignore_sigterm(worker):
+    """It may come to a whole group of processes: the main one finishes its step with the workers, and ends them."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 
-def read_image(file, size, crop, draw, magnitude=0.0, middle=7 / 8):
+def read_image(file, size, crop, draw, magnitude=0.0, crop_pct=7 / 8):
     """Decode an image file, crop it and resize it to size = (H, W): (3, H, W) uint8, RGB.
 
     crop, draw: scale and five numbers for `crop_box` and the flip; None: the middle, as much of the
-    short side as `middle` says. magnitude: of `randaugment`, in training.
+    short side as `crop_pct` says. magnitude: of `randaugment`, in training.
     """
     with Image.open(file) as image:
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # a small file may claim any size; Pillow only warns
@@ -448,7 +481,7 @@ def read_image(file, size, crop, draw, magnitude=0.0, middle=7 / 8):
             sides, draws = torch.tensor([height, width]), torch.tensor(draw[1:])
             top, left, h, w = (v.item() for v in crop_box(*sides, draws, crop))
         else:
-            shrink = middle * min(height / size[0], width / size[1])
+            shrink = crop_pct * min(height / size[0], width / size[1])
             h, w = size[0] * shrink, size[1] * shrink
             top, left = (height - h) / 2, (width - w) / 2
         # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size: as small as the crop allows.
@@ -482,6 +515,7 @@ OPERATIONS = (
     lambda i, s, sign: shift(i, y_of_x=0.3 * sign * s),
     lambda i, s, sign: shift(i, x=0.45 * sign * s * i.width),
     lambda i, s, sign: shift(i, y=0.45 * sign * s * i.height),
+    lambda i, s, sign: i.point([min(255, p + int(110 * s)) if p < 128 else p for p in range(256)] * 3),  # SolarizeAdd
 )
 GREY = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
 
@@ -555,7 +589,7 @@ def perceptual_hash(images, side=32, low=16):
 def hash_split(split, device):
     """The hash of every image of a split, (n, 255) of -1 and 1; and which images could be decoded (n,)."""
     split = copy.copy(split)
-    split.middle = 1.0  # whole images
+    split.crop_pct = 1.0  # whole images
     size = split.images.shape[-2:] if isinstance(split, InMemory) else (64, 64)
     std = torch.tensor(split.std, device=device).view(-1, 1, 1)
     batches = split.test_batches(size, 64, torch.device(device))

@@ -54,14 +54,14 @@ def evaluate_pretraining(model, split, config):
 
     Image i of the split is row i % COUNT of those that the processes hold at a time: all draw masks for these together.
     """
-    noise = data.generator(config.seed, data.MASK, config.steps, device=config.device)
+    generator = data.generator(config.seed, data.MASK, config.steps, device=config.device)
     total, left = torch.zeros(3, device=config.device), len(split)  # images, rec, correlation
     for images, _ in test_batches(model, split, config):
         with autocast(config):
             together = min(processes.COUNT * config.micro_batch, left)
             left -= together
             here = slice(processes.RANK, together, processes.COUNT)
-            out = model(images, generator=noise, batch=together, here=here)
+            out = model(images, generator=generator, batch=together, here=here)
         total += len(images) * torch.stack(
             [torch.ones_like(out["rec"]), out["rec"], out.get("correlation", out["rec"])]
         )
@@ -72,8 +72,16 @@ def evaluate_pretraining(model, split, config):
 def test_batches(model, split, config):
     """The batches of a split that are this process's, the model in evaluation mode while they last."""
     model.eval()
-    device = torch.device(config.device)
-    yield from split.test_batches(config.img_size, config.micro_batch, device, processes.every())
+    device, mine = torch.device(config.device), 0
+    for mine, batch in enumerate(  # noqa: B007 (mine is used below)
+        split.test_batches(config.img_size, config.micro_batch, device, processes.every()), 1
+    ):
+        yield batch
+    if config.fsdp:  # each forward pass needs the shards of all processes: some may have to make one more
+        most = math.ceil(math.ceil(len(split) / processes.COUNT) / config.micro_batch)
+        for _ in range(most - mine):
+            with autocast(config):
+                model(batch[0])
     model.train()
     share_unreadable(split)
 
@@ -158,10 +166,14 @@ class LinearProbe(nn.Module):
 
 
 def linear_probe(encoder, dataset, config):
-    """The probe and its data: the features, computed once, if they fit in half of the free memory, else the images."""
+    """The probe and its data: the features, computed once, if they fit in a quarter of the device's free memory (they
+    are there twice while they come together), else the images."""
     dim = encoder.dim
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / processes.LOCAL_COUNT
-    if processes.agree(4 * dim * len(dataset.train) > free / 2)[0]:
+    if config.device == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / processes.LOCAL_COUNT
+    if processes.agree(4 * dim * len(dataset.train) > free / 4)[0]:
         return LinearProbe(encoder, dim, len(dataset.classes)).to(config.device), dataset
     train, test = (data.Features(*extract(encoder, split, config)) for split in (dataset.train, dataset.test))
     dataset = dataset._replace(train=train, test=test)
@@ -204,7 +216,7 @@ def plot_curves(out, config):
 @torch.inference_mode()
 def plot_masks(out, config, model, dataset, alpha):
     """Draw masks.png: test images, the teacher's predicted loss, the mask drawn from it, the reconstruction."""
-    split, noise = dataset.test, data.generator(config.seed, data.MASK, 0, device=config.device)
+    split, generator = dataset.test, data.generator(config.seed, data.MASK, 0, device=config.device)
     rows = range(0, len(split), math.ceil(len(split) / 6))
     images, _ = next(
         split.test_batches(
@@ -213,7 +225,7 @@ def plot_masks(out, config, model, dataset, alpha):
     )
     model.eval()
     with autocast(config):
-        seen = model(images, alpha, noise)
+        seen = model(images, alpha, generator)
     model.train()
     if processes.RANK:  # shards of the model come from all processes, the figure from the first
         return

@@ -2,7 +2,7 @@
 
 *Hard Patches Mining for Masked Image Modeling* (Wang et al., CVPR 2023, arXiv 2304.05919), called
 HPM here; *Masked Autoencoders Are Scalable Vision Learners* (He et al., CVPR 2022, arXiv
-2111.06377), called MAE. HPM's equations have no numbers that stayed the same, so they go by name.
+2111.06377), called MAE. The numbers of HPM's equations differ between its versions, so they go by name.
 
 A masked autoencoder hides most patches of an image and learns to reconstruct them. HPM also learns
 which patches are hard to reconstruct, and hides those: the teacher, a slow copy of the student,
@@ -80,7 +80,7 @@ def block_mask(batch, grid, ratio, generator=None, device=None):
     ]
     inside = inside.flatten(2)  # (B, blocks, N)
     # Blocks are laid one after the other; the earlier a patch is covered, the surer it is hidden.
-    order = torch.arange(blocks, 0, -1, device=device)[:, None]
+    order = torch.arange(blocks, 0, -1, dtype=torch.uint8, device=device)[:, None]
     score = (inside * order).amax(dim=1)  # (B, N)
     noise = torch.rand(batch, rows * columns, generator=generator, device=device)
     return hide_largest(score + noise, hidden)
@@ -165,7 +165,7 @@ def reconstruction_loss(prediction, target, metric="l2"):
     """L_rec, patch by patch: 𝓜(prediction, target), (B, n, d), (B, n, d) -> (B, n).
 
     metric  "l2"             mean of squared differences
-            "smooth-l1"      squared below a difference of 1, absolute above
+            "smooth-l1"      ½ d² for a difference d below 1, |d| - ½ above
             "cosine"         squared distance of the unit vectors, 2 - 2 cos
             "cross-entropy"  distillation: of softmax(prediction) with softmax(target)
 
@@ -217,7 +217,7 @@ def rank_correlation(predicted, true):
 
     Says whether the loss predictor knows which patches are hard. Ties are ranked in order of place.
     """
-    ranks = [v.argsort(dim=1).argsort(dim=1).float() for v in (predicted, true)]
+    ranks = [v.argsort(dim=1, stable=True).argsort(dim=1).float() for v in (predicted, true)]
     a, b = (r - r.mean(dim=1, keepdim=True) for r in ranks)
     return F.cosine_similarity(a, b, dim=1).mean()
 
@@ -360,6 +360,14 @@ class HPM(nn.Module):
             self.teacher = copy.deepcopy(student).requires_grad_(False).eval()
             self.teacher.decoder = None
 
+    def train(self, mode=True):
+        """As of every module; but teacher and frozen model never drop anything out."""
+        super().train(mode)
+        for part in (self.teacher, self.frozen):
+            if part is not None:
+                part.eval()
+        return self
+
     def draw_mask(self, predicted_loss, hard_fraction, generator, device, batch, here):
         """One mask for each image of the slice `here` of a batch: (B, N) bool, True = hidden."""
         grid = self.student.encoder.grid
@@ -431,7 +439,7 @@ def create(arch, img_size=224, in_chans=3, target="pixels", predictor="relative"
     """Build HPM on the encoder `arch` of `vit.ARCHS`; with predictor="none" and mask="random" it is MAE.
 
     options: mask, mask_ratio, metric, frozen as in `HPM` (metric: by default "cosine" for features, else "l2");
-    decoder = (dim, depth, heads). Raises ValueError for unknown names and parts that do not fit.
+    gelu of the encoder; decoder = (dim, depth, heads). Raises ValueError for unknown names and parts that do not fit.
     """
     for name, value, allowed in (
         ("target", target, TARGETS),
@@ -444,7 +452,7 @@ def create(arch, img_size=224, in_chans=3, target="pixels", predictor="relative"
     if target in ("dino", "clip") and frozen is None:
         raise ValueError(f"the target {target} needs a frozen model: give its weights")
     vit.check_plain(arch)
-    encoder = vit.create(arch, img_size, 0, in_chans, pos_embed="sincos")
+    encoder = vit.create(arch, img_size, 0, in_chans, pos_embed="sincos", gelu=options.pop("gelu", "none"))
     P, D = encoder.patch_size, encoder.dim
     outputs = {"pixels": P * P * in_chans, "norm-pixels": P * P * in_chans, "ema": D}
     outputs["hog"] = hog(torch.zeros(1, in_chans, P, P), P).shape[-1]

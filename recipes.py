@@ -6,7 +6,9 @@ line for each mistake.
 
 import argparse
 import difflib
+import json
 import math
+from pathlib import Path
 
 import torch
 
@@ -20,8 +22,8 @@ import vit
 # Recipes: what a flag is when it is not given
 # ---------------------------------------------------------------------------------------------
 
-# lr is for 256 images: the peak learning rate is lr * batch size / 256. warmup is a share of the run.
-# crop: the pad of a padded crop, or the scale of a random resized crop, or None.
+# lr is for 256 images: the peak learning rate is lr * batch size / 256. warmup is a share of the run, warmup_epochs are
+# those epochs, at most half of the run. crop: the pad of a padded crop, or the scale of a random resized crop, or None.
 SMALL = dict(batch_size=128, warmup=0.05, weight_decay=0.05)
 RECIPES = {
     # The ViT paper's for ImageNet-1k: table 3, 3e-3 for a batch of 4096, warm-up 10k of about 94k steps.
@@ -37,9 +39,9 @@ RECIPES = {
     ("mpp", "folder"): dict(
         epochs=300, batch_size=4096, lr=2e-4 / 16, warmup=0.01, weight_decay=0.1, crop=(0.2, 1.0)
     ),
-    # MAE's and HPM's (MAE, table 8; HPM, section 4).
+    # MAE's and HPM's (MAE, table 8; HPM, section 4); HPM's batches are of 2048 or 256 images.
     ("pretrain", "folder"): dict(
-        epochs=800, batch_size=4096, lr=1.5e-4, warmup=0.05, weight_decay=0.05, crop=(0.2, 1.0)
+        epochs=800, batch_size=4096, lr=1.5e-4, warmup_epochs=40, weight_decay=0.05, crop=(0.2, 1.0)
     ),
     ("pretrain", "photos"): dict(
         steps={"cpu": 24, "cuda": 600}, batch_size=8, lr=4e-3, warmup=0.1, weight_decay=0.05, crop=(0.2, 1.0)
@@ -48,7 +50,7 @@ RECIPES = {
     ("pretrain", "cifar"): SMALL | dict(epochs=200, lr=2e-3, crop=(0.2, 1.0)),
     # MAE's for ViT-B (table 9), with HPM's layer decay.
     ("finetune", "folder"): dict(
-        epochs=100, batch_size=1024, lr=5e-4, warmup=0.05, weight_decay=0.05, crop=(0.08, 1.0), layer_decay=0.8,
+        epochs=100, batch_size=1024, lr=5e-4, warmup_epochs=5, weight_decay=0.05, crop=(0.08, 1.0), layer_decay=0.8,
         drop_path=0.1, mixup=0.8, cutmix=1.0, smoothing=0.1, erasing=0.25, randaugment=9.0,
     ),
     ("finetune", "photos"): dict(
@@ -57,7 +59,7 @@ RECIPES = {
     ),
     ("finetune", "fashion-mnist"): SMALL | dict(epochs=4, lr=4e-3, crop=0, layer_decay=0.8),
     ("finetune", "cifar"): SMALL | dict(epochs=50, lr=2e-3, crop=4, layer_decay=0.8),
-    # MAE's (table 10), with SGD in place of LARS.
+    # MAE's (table 10), with SGD in place of LARS, and without augmentation: so features are computed once.
     ("linear", "any"): dict(epochs=90, batch_size=1024, lr=0.1, warmup=0.1, weight_decay=0.0, crop=None),
 } | {
     (task, "any"): dict(steps={"cpu": 0, "cuda": 0}, batch_size=256, lr=0.0, warmup=0.0, weight_decay=0.0, crop=None)
@@ -68,6 +70,11 @@ SGD_FINETUNE = dict(
     batch_size=512, lr=0.003 / 2, weight_decay=0.0, layer_decay=1.0, drop_path=0.0, mixup=0.0, cutmix=0.0,
     smoothing=0.0, erasing=0.0, randaugment=0.0,
 )  # fmt: skip
+# MAE's fine-tuning of L and H (table 9).
+LARGE_FINETUNE = {
+    "vit_l": dict(epochs=50, drop_path=0.2, layer_decay=0.75),
+    "vit_h": dict(epochs=50, drop_path=0.3, layer_decay=0.75),
+}
 OFF = dict(
     dropout=0.0, drop_path=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0, erasing=0.0, randaugment=0.0, layer_decay=1.0
 )
@@ -91,6 +98,8 @@ CHOICES = {
     "optimizer": ("adamw", "sgd"),
     "mask": ("random", "block", "grid", "hard"),
     "predictor_loss": ("relative", "absolute", "none"),
+    "gelu": ("none", "tanh"),
+    "pixels": ("own", "half"),
     "target": hpm.TARGETS,
 }
 
@@ -148,6 +157,10 @@ def parse(argv):
     add("--randaugment", metavar="M", type=float, help="magnitude of RandAugment, up to 10, 0 is off; folder: only")
     add("--pool", metavar="P", help="cls | mean; default cls, finetune: mean")
     add("--pos-embed", metavar="E", help=f"{vit.POS_EMBEDS.replace(' ', ' | ')}; default 1d, the arch's own")
+    add("--gelu", metavar="G", help="none (exact) | tanh; default tanh with weights of Google's, .npz")
+    add(
+        "--pixels", metavar="P", help="own (the data's mean, deviation) | half (to [-1, 1]); default half with Google's"
+    )
     add("--mask-ratio", metavar="R", type=float, help="mae, hpm: hidden share of the patches; default 0.75")
     add("--mask", metavar="M", help="random | block | grid | hard; default hard for hpm, random for mae")
     add("--alpha", metavar="A0,AT", type=pair, help="share of hard patches at start and end; default 0,0.5")
@@ -206,6 +219,7 @@ def configure(given):
     default(mask="hard" if hard else "random", predictor_loss="relative" if hard else "none", mask_ratio=0.75)
     default(target="pixels", alpha=(0.0, 0.2 if features else 0.5))
     default(optimizer="sgd" if config.task == "linear" else "adamw")
+    default(**(dict(gelu="none", pixels="own") | origin(config.init)))
     check(config)
 
     if config.arch in vit.ARCHS:
@@ -226,6 +240,8 @@ def configure(given):
     task = "pretrain" if config.task in PRETRAINING else config.task
     name = dataset.name.rstrip("01")  # cifar10, cifar100: cifar
     recipe = RECIPES.get((config.task, name)) or RECIPES.get((task, name)) or RECIPES[task, "any"]
+    if (task, name) == ("finetune", "folder"):
+        recipe = recipe | LARGE_FINETUNE.get(config.arch[:5], {})
     recipe = OFF | recipe | (SGD_FINETUNE if (task, config.optimizer) == ("finetune", "sgd") else {})
     default(**{name: recipe[name] for name in ("batch_size", "weight_decay", "crop", *OFF)})
     default(micro_batch=config.batch_size // processes.COUNT, lr=recipe["lr"] * config.batch_size / 256)
@@ -240,13 +256,32 @@ def configure(given):
     if config.steps is None:
         default(epochs=recipe.get("epochs"))
         config.steps = math.ceil(config.epochs * len(dataset.train) / config.batch_size)
-    default(warmup=round(recipe["warmup"] * config.steps))
+    if "warmup_epochs" in recipe:
+        steps = recipe["warmup_epochs"] * len(dataset.train) / config.batch_size
+        default(warmup=round(min(steps, config.steps / 2)))
+    default(warmup=round(recipe.get("warmup", 0) * config.steps))
     return config, dataset
+
+
+def origin(init):
+    """What the weights of --init were trained with, as far as their file says: gelu and pixels.
+
+    Google's .npz files do not say it, but all of them are alike; of a run's last.pt, config.json beside it says it.
+    """
+    if str(init).partition("?")[0].endswith(".npz"):
+        return dict(gelu="tanh", pixels="half")
+    try:
+        said = json.loads(Path(str(init)).with_name("config.json").read_text())
+        return {name: said[name] for name in ("gelu", "pixels") if said.get(name) in CHOICES[name]}
+    except (OSError, ValueError, AttributeError):  # no run's folder
+        return {}
 
 
 def load_dataset(config):
     """The data of a run; with --deduplicate, --labels and for few-shot evaluation a part of its training images."""
     dataset = data.load(config.data, config.img_size, config.data_dir)
+    if config.pixels == "half":
+        dataset = data.to_plus_minus_1(dataset)
     if config.deduplicate:
         tested = data.load(config.deduplicate, config.img_size, config.data_dir).test
         found = data.occurring(dataset.train, tested)
@@ -293,6 +328,10 @@ def check(config):
         if getattr(config, flag) not in (None, False) and config.arch in resnet.ARCHS:
             flag = flag.replace("_", "-")
             raise ValueError(f"--{flag} is of Transformers, and {config.arch} is none; leave it out")
+    unused = {"pool": PRETRAINING, "dropout": AUTOENCODERS, "drop_path": AUTOENCODERS}
+    for flag, tasks in unused.items():
+        if config.task in tasks and getattr(config, flag):
+            raise ValueError(f"--{flag.replace('_', '-')} does nothing in --task {config.task}; leave it out")
     if config.task in AUTOENCODERS and config.pos_embed not in (None, "sincos"):
         raise ValueError(f"--task {config.task} has fixed sine-cosine positions; leave --pos-embed out")
     if config.task == "fewshot" and config.labels:

@@ -66,15 +66,13 @@ def build(config, dataset, resume=False):
     With --checkpointing a block keeps its input alone, and computes the rest again in the backward pass.
     """
     channels, classes = len(dataset.mean), len(dataset.classes)
-    names = ("pool", "pos_embed", "dropout", "drop_path") if config.arch in vit.ARCHS else ()
+    names = ("pool", "pos_embed", "dropout", "drop_path", "gelu") if config.arch in vit.ARCHS else ()
     options = {name: getattr(config, name) for name in names}
-    if config.arch in vit.ARCHS and str(config.init).partition("?")[0].endswith(".npz"):
-        options["gelu"] = "tanh"  # what Google's weights were trained with
     if config.task == "mpp":
         model = mpp.create(config.arch, config.img_size, dataset.mean, dataset.std, **options)
         start = model.encoder
     elif config.task in AUTOENCODERS:
-        options = dict(mask=config.mask, mask_ratio=config.mask_ratio)
+        options = dict(mask=config.mask, mask_ratio=config.mask_ratio, gelu=config.gelu)
         if config.target in ("dino", "clip"):
             options["frozen"] = hpm.load_frozen(
                 config.target, config.arch, config.img_size, config.target_weights, channels
@@ -140,8 +138,8 @@ def learning_rate(step, steps, peak, warmup, decay="cosine"):
 def losses_of(model, images, targets, config, step, here):
     """What a task minimises, "loss", and what is logged beside it: scalars by name. here: these rows of the batch."""
     if config.task in PRETRAINING:
-        noise = data.generator(config.seed, data.MASK, step, device=config.device)
-        options = dict(generator=noise, batch=config.batch_size, here=here)
+        generator = data.generator(config.seed, data.MASK, step, device=config.device)
+        options = dict(generator=generator, batch=config.batch_size, here=here)
         if config.task in AUTOENCODERS:
             options["hard_fraction"] = hpm.hard_fraction(step, config.steps, *config.alpha)
         out = model(images, **options)
@@ -224,22 +222,20 @@ def train(config, model, dataset, out, checkpoint):
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         start, seconds = checkpoint["step"], checkpoint["seconds"]
-    # With --polyak the running average of the weights is what is tested and handed on.
-    tested = copy.deepcopy(model).requires_grad_(False) if config.polyak else model
+    # With --polyak the average of the weights is what is evaluated and handed on; the raw ones learn.
+    evaluated = copy.deepcopy(model).requires_grad_(False) if config.polyak else model
     if checkpoint and config.polyak:
-        model.load_state_dict(checkpoint["running"])
+        model.load_state_dict(checkpoint["raw_model"])
     if config.compile:
         (model.student if config.task in AUTOENCODERS else model).compile()
         if teacher is not None:
             teacher.predict_loss = torch.compile(teacher.predict_loss)
-    learner = processes.parallel(model, config.fsdp)
+    wrapped_model = processes.parallel(model, config.fsdp, config.dtype)
     optimizer = build_optimizer(model, config)
     if checkpoint:
         load_optimizer(optimizer, checkpoint["optimizer"])
-
-    stop = [0]  # the signal that asks to stop: the step in progress is finished; a second signal kills
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
+        checkpoint.clear()  # its memory is free again
+    stop = stop_after_this_step()
 
     epoch = len(dataset.train) / config.batch_size  # in steps
     log_every = max(1, min(50, config.steps // 100))
@@ -260,18 +256,18 @@ def train(config, model, dataset, out, checkpoint):
             for group in optimizer.param_groups:
                 group["lr"] = group["scale"] * line["lr"]
             images, targets = disturb(images, targets, len(dataset.classes), config, step)
-            pending.append(train_step(learner, optimizer, images, targets, config, step))
+            pending.append(train_step(wrapped_model, optimizer, images, targets, config, step))
             if teacher is not None:
                 line["alpha"] = hpm.hard_fraction(step, config.steps, *config.alpha)
                 line["momentum"] = hpm.ema_momentum(step / epoch)
                 hpm.ema_update(teacher, model.student, line["momentum"])
             if config.polyak:  # a short run forgets its start sooner: at step t, m is at most (1 + t) / (10 + t)
-                hpm.ema_update(tested, model, min(config.polyak, (1 + step) / (10 + step)))
+                hpm.ema_update(evaluated, model, min(config.polyak, (1 + step) / (10 + step)))
             bar.update()
 
             done = step + 1
             # A signal may reach one process alone, and clocks differ: all have to do the same at the same step.
-            stopping, due = processes.agree(stop[-1], time.monotonic() - saved > SAVE_EVERY)
+            stopping, due = processes.agree(stop["signal"], time.monotonic() - saved > SAVE_EVERY)
             evaluating = done % eval_every == 0 or done == config.steps
             if not (evaluating or stopping or done % log_every == 0):
                 continue
@@ -283,11 +279,11 @@ def train(config, model, dataset, out, checkpoint):
             bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{line['lr']:.1e}")
             if evaluating:
                 share_unreadable(dataset.train)
-                line |= (evaluate_pretraining if pretraining else evaluate)(tested, dataset.test, config)
+                line |= (evaluate_pretraining if pretraining else evaluate)(evaluated, dataset.test, config)
             log.write(json.dumps(line) + "\n")
             if evaluating or stopping or due:
-                state = dict(model=tested.state_dict(), optimizer=optimizer.state_dict())
-                state |= {"running": model.state_dict()} if config.polyak else {}
+                state = dict(model=evaluated.state_dict(), optimizer=optimizer.state_dict())
+                state |= {"raw_model": model.state_dict()} if config.polyak else {}
                 state = processes.whole(state) | dict(step=done, seconds=seconds, config=vars(config))
                 if first_process:
                     save(out / "last.pt", state)
@@ -299,6 +295,26 @@ def train(config, model, dataset, out, checkpoint):
                 return stopping
             clock = time.monotonic()
     return 0
+
+
+def stop_after_this_step():
+    """Let the step in progress finish, whatever signal asks to stop. Returns {"signal": its number, 0 before}.
+
+    A cluster sends a signal to all processes, and torchrun passes it on again: what comes within five seconds is the
+    same wish. After that a second one kills.
+    """
+    stop = {"signal": 0, "time": 0.0}
+
+    def ask(number, frame):
+        if not stop["signal"]:
+            stop.update(signal=number, time=time.monotonic())
+        elif time.monotonic() - stop["time"] > 5:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask)
+    return stop
 
 
 def best_learning_rate(config, dataset, out):
@@ -437,7 +453,8 @@ def main(argv=None):
     except RuntimeError as error:
         if not processes.is_alone(error):
             raise
-        complain(f"another process is gone, see its message; {kept(out)}", everywhere=True)
+        reason = str(error).splitlines()[0].split(". ")[0]
+        complain(f"another process is gone, see its message ({reason}); {kept(out)}", everywhere=True)
         return 1
     except Stopped as stopped:
         say(how_to_go_on(out))
@@ -472,8 +489,9 @@ def run(config, dataset, model, out, checkpoint, params):
 
 def kept(out):
     """What is left after an error."""
-    there = (out / "last.pt").exists()
-    return f"{out / 'last.pt'} has the last good state" if there else "nothing was saved before"
+    if out is None or not (out / "last.pt").exists():
+        return "nothing was saved before"
+    return f"{out / 'last.pt'} has the last good state"
 
 
 def how_to_go_on(out):

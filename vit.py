@@ -462,7 +462,8 @@ def gather(tokens, index):
 def init_weights(module):
     """How training starts: Xavier-uniform matrices, zero biases, N(0, 0.02²) positions and tokens, a head of zeros.
 
-    U_qkv holds three D x D matrices; each is drawn for its own size, as in the authors' code.
+    U_qkv holds three D x D matrices; each is drawn for its own size, as in the ViT authors' code (MAE's and HPM's draw
+    the three as one matrix, by √2 smaller). Their convolution and MLP biases start otherwise, from JAX's defaults.
     """
     for name, parameter in module.named_parameters():
         if name.endswith("head.weight"):

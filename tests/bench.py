@@ -2,7 +2,7 @@
 
 Everything that one table compares runs in one process, in turn, again and again; a row gives medians, so that a busy
 machine slows all of them alike. Times are also given in units of a matrix product measured among them: the time
-that the model's floating-point operations would take at the rate of a 2048 x 2048 product. Peers are used if they are
+that the model's floating-point operations would take at its rate. Peers are used if they are
 installed (timm, torchvision, transformers, vit-pytorch), and named if they are not. On CUDA: bfloat16, compiled too.
 
     python -m tests.bench             beside others
@@ -63,9 +63,10 @@ def peak_memory(work, device):
 
 
 def matrix_product(device, dtype):
-    """A 2048³ product, and its floating-point operations."""
-    a, b = torch.randn(2, 2048, 2048, device=device).to(dtype)
-    return lambda: a @ b, 2 * 2048**3
+    """Large products that take longer than to start them, and their floating-point operations."""
+    n, several = (8192, 20) if device.type == "cuda" else (2048, 4)
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    return lambda: [a @ b for _ in range(several)], several * 2 * n**3
 
 
 def in_turn(contestants, repeats, device):
@@ -86,9 +87,8 @@ def compare(title, contestants, flops, args):
     """
     device = torch.device(args.device)
     product, product_flops = matrix_product(device, args.dtype)
-    several = 4  # a product is short
-    median = in_turn({"product": lambda: [product() for _ in range(several)]} | contestants, args.repeats, device)
-    rate = several * product_flops / median.pop("product")
+    median = in_turn({"product": product} | contestants, args.repeats, device)
+    rate = product_flops / median.pop("product")
     print(f"\n{title}; the product reaches {rate / 1e9:.0f} GFLOP/s")
     print(
         f"{'':24}{'seconds':>9}{'images/s':>10}{'over ours':>11}{'over product':>14}{'utilisation':>13}{'peak MiB':>10}"
@@ -227,9 +227,12 @@ def extras(model, args, step_seconds):
 def host_waits(step):
     """Calls in a step that make the host wait for the GPU, as PyTorch's profiler sees them."""
     step()
-    with torch.profiler.profile() as trace:
-        step()
-    return sum("Synchronize" in event.name for event in trace.events())
+    counts = []
+    for work in (step, lambda: None):  # the profiler itself waits, too
+        with torch.profiler.profile() as trace:
+            work()
+        counts.append(sum("Synchronize" in event.name for event in trace.events()))
+    return counts[0] - counts[1]
 
 
 def pipelines(args):
@@ -324,12 +327,13 @@ def encoder_flops(tokens, dim, depth, mlp=4):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, help="default 8, on cuda 128")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compiled too; default on cuda")
     parser.add_argument("--growth", action="store_true", help="how time and memory grow")
     args = parser.parse_args()
     args.dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    args.batch_size = args.batch_size or (128 if args.device == "cuda" else 8)
     args.compile = args.device == "cuda" if args.compile is None else args.compile
     torch.manual_seed(0)
     device, missing, B = torch.device(args.device), {}, args.batch_size

@@ -859,6 +859,7 @@ COLOUR_OPERATIONS = {  # place in OPERATIONS, strength, sign, and the operation 
     "less contrast": (6, 1.0, -1, lambda i: luma(i).mean() + 0.1 * (i - luma(i).mean())),
     "brighter": (7, 0.5, 1, lambda i: 1.45 * i),
     "darker": (7, 1.0, -1, lambda i: 0.1 * i),
+    "solarize add": (14, 0.5, 1, lambda i: np.where(i < 128, i + 55, i)),
     "sharper": (8, 0.5, 1, lambda i: sharper(i, 1.45)),
     "smoother": (8, 1.0, -1, lambda i: sharper(i, 0.1)),
 }
@@ -994,6 +995,19 @@ def test_more_than_five_percent_of_unreadable_images_end_the_run(tmp_path, capfd
         assert len(split.unreadable) == 3
     assert issubclass(data.UnreadableImages, ValueError)
     capfd.readouterr()
+
+
+def test_a_large_batch_is_decoded_in_parts_by_several_workers(tmp_path, monkeypatch):
+    """And is the same batch: 11 of its 12 images in requests of 4, 4 and 3."""
+    for i, picture in enumerate(pixels(12, 3, 24, 20)):
+        save(photograph(picture), tmp_path / "ant" / f"{i}.png")
+    batches = []
+    for request in (64, 4):
+        monkeypatch.setattr(data, "REQUEST", request)
+        split = data.Folder(tmp_path, *PLAIN)
+        batches.append(list(split.train_batches((16, 16), 12, range(3), 0, (0.2, 1.0), CPU, slice(1, None))))
+    assert [len(labels) for _, labels in batches[1]] == [11, 11, 11]
+    assert same(*batches)
 
 
 def test_a_training_batch_never_has_the_label_that_marks_unreadable_images(tmp_path, capfd):

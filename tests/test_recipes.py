@@ -23,6 +23,13 @@ from tests.test_train import (  # noqa: F401 (fixtures)
     write_images,
 )
 
+
+def imagenet(monkeypatch):
+    """folder:imagenet has as many images as ImageNet-1k."""
+    split = data.InMemory(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), torch.zeros(1_281_167).long(), *PLAIN)
+    monkeypatch.setattr(data, "folder", lambda path: data.Dataset("folder", ["one"] * 1000, *PLAIN, split, split))
+
+
 PAPERS = {  # command: batch, peak learning rate, warm-up in epochs or steps, epochs, weight decay
     "supervised": (4096, 3e-3, "10,000 steps", 300, 0.3),  # ViT, table 3 and 4
     "mae": (4096, 1.5e-4 * 16, "40 epochs", 800, 0.05),  # MAE, table 8
@@ -35,8 +42,7 @@ PAPERS = {  # command: batch, peak learning rate, warm-up in epochs or steps, ep
 @pytest.mark.parametrize("task", PAPERS)
 def test_the_defaults_for_imagenet_are_the_papers(task, monkeypatch):
     """On folder:PATH nothing is scaled down. ImageNet-1k has 1,281,167 training images."""
-    split = data.InMemory(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), torch.zeros(1_281_167).long(), *PLAIN)
-    monkeypatch.setattr(data, "folder", lambda path: data.Dataset("folder", ["one"] * 1000, *PLAIN, split, split))
+    imagenet(monkeypatch)
     config, _ = settings(f"--task {task} --data folder:imagenet --init x.pt")
     batch, lr, warmup, epochs, decay = PAPERS[task]
     assert (config.batch_size, config.epochs, config.weight_decay) == (batch, epochs, decay)
@@ -46,6 +52,25 @@ def test_the_defaults_for_imagenet_are_the_papers(task, monkeypatch):
     assert config.warmup == pytest.approx(int(number) * (1_281_167 / batch if unit == "epochs" else 1), rel=0.01)
     assert config.mask_ratio == 0.75
     assert config.alpha == (0.0, 0.5)
+
+
+@pytest.mark.parametrize(("epochs", "warmup"), [(800, 40), (200, 40), (50, 25)])
+def test_pre_training_warms_up_for_40_epochs_however_long_it_is(epochs, warmup, monkeypatch):
+    """MAE's code, and HPM's for 200 and for 800 epochs. Ours: at most half of a run."""
+    imagenet(monkeypatch)
+    config, _ = settings(f"--task hpm --data folder:imagenet --epochs {epochs}")
+    assert config.warmup == pytest.approx(warmup * 1_281_167 / 4096, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("arch", "epochs", "drop_path"), [("vit_b16", 100, 0.1), ("vit_l16", 50, 0.2), ("vit_h14", 50, 0.3)]
+)
+def test_larger_models_are_fine_tuned_for_fewer_epochs_and_drop_more(arch, epochs, drop_path, monkeypatch):
+    """MAE, table 9."""
+    imagenet(monkeypatch)
+    config, _ = settings(f"--task finetune --arch {arch} --data folder:imagenet --init x.pt")
+    assert (config.epochs, config.drop_path) == (epochs, drop_path)
+    assert config.layer_decay == (0.8 if arch == "vit_b16" else 0.75)
 
 
 @pytest.mark.parametrize("batch", [4, 8, 24, 512])
@@ -122,6 +147,11 @@ BAD = {  # the command: words that its error has to have
     "--polyak 1": "--polyak 1.0 [0, 1)",
     "--task mae --polyak 0.9": "--polyak --task supervised finetune leave it out",
     "--pos-embed 3d": "--pos-embed '3d' 2d none relative",
+    "--task mae --pool mean": "--pool nothing mae leave it out",
+    "--task mpp --pool mean": "--pool nothing mpp leave it out",
+    "--task hpm --drop-path 0.1": "--drop-path nothing hpm leave it out",
+    "--gelu relu": "--gelu 'relu' tanh none",
+    "--pixels raw": "--pixels 'raw' own half",
     "--task hpm --pos-embed 2d": "hpm sine-cosine --pos-embed leave",
     "--arch resnet50 --dropout 0.1": "--dropout resnet50 leave it out",
     "--arch resnet50 --checkpointing": "--checkpointing resnet50 leave it out",

@@ -385,7 +385,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(command, number, 
 
     saved = checkpoint("parts")
     assert saved["step"] == 8, "the step in progress is finished, and none after it begins"
-    weights = saved.get("running", saved["model"])
+    weights = saved.get("raw_model", saved["model"])
     assert not different({name: weights[name] for name in kept[7]}, kept[7])
     assert log("parts")[-1]["step"] == 8
     assert not Path("parts/result.json").exists()
@@ -472,8 +472,11 @@ def test_a_pretrained_student_hands_its_weights_to_the_teacher(small):
     assert torch.equal(own[f"encoder.{E}"], torch.load("init.pt", weights_only=True)[E])
 
 
-def test_googles_weights_run_with_the_gelu_that_they_were_trained_with(small):
-    """Its JAX code approximates GELU by tanh; no file says so, but only its files are .npz."""
+def test_googles_weights_run_with_the_gelu_and_the_pixels_that_they_were_trained_with(small, no_figures):
+    """Its JAX code approximates GELU by tanh and brings pixels to [-1, 1]; no file says so, but only its are .npz.
+
+    And so does a run that starts from what such a run saved.
+    """
     torch.manual_seed(0)
     np.savez("google.npz", **google_file(vit.create("vit_micro4", 16, 16, pos_embed="1d")))
     torch.save(vit.create("vit_micro4", 16, 16).state_dict(), "init.pt")
@@ -485,6 +488,13 @@ def test_googles_weights_run_with_the_gelu_that_they_were_trained_with(small):
         vit.load_weights(model, "google.npz")
         assert torch.equal(ours.represent(images), model.represent(images)) == equal
     assert all(block.mlp.gelu == "none" for block in train.build(*settings(f"{command} init.pt")).blocks)
+    assert settings(f"{command} init.pt")[1].train.mean == PLAIN[0]
+    assert run(f"{command} google.npz --out first") == 0
+    for weights in ("google.npz", "first/last.pt"):
+        config, dataset = settings(f"{MICRO} --task knn --init {weights}")
+        assert config.gelu == "tanh"
+        batch, _ = next(dataset.test.test_batches((16, 16), 10, torch.device("cpu")))
+        assert torch.allclose(batch, dataset.test.images / 127.5 - 1, atol=1e-6)
 
 
 def test_pre_training_goes_on_from_all_that_a_file_has(pretrained, small, capsys):
@@ -560,7 +570,7 @@ def test_a_run_folder_says_what_was_run_how_it_went_and_what_came_out(command, s
     assert lines[-1].keys() >= scores
 
     saved = checkpoint("run")  # weights_only=True: no code is run
-    assert saved.keys() - {"running"} == {"model", "optimizer", "step", "seconds", "config"}
+    assert saved.keys() - {"raw_model"} == {"model", "optimizer", "step", "seconds", "config"}
     assert saved["step"] == 3
     with Image.open("run/curves.png") as image:
         assert image.size == (1200, 432)
@@ -860,7 +870,7 @@ def test_polyak_averages_the_weights_of_all_steps(small, no_figures, monkeypatch
         average = m * average + (1 - m) * theta
     torch.testing.assert_close(tested[-1].double(), average, atol=1e-6, rtol=0)
     torch.testing.assert_close(checkpoint("run")["model"]["head.weight"].double(), average, atol=1e-6, rtol=0)
-    assert torch.equal(checkpoint("run")["running"]["head.weight"].double(), weights[-1])
+    assert torch.equal(checkpoint("run")["raw_model"]["head.weight"].double(), weights[-1])
 
 
 def test_training_images_that_occur_in_a_test_set_are_dropped_and_counted(monkeypatch, capsys):
@@ -962,8 +972,12 @@ def test_supervised_training_learns_the_photographs():
     assert "top-1" in out.splitlines()[-1]
 
 
-def test_control_c_reaches_the_workers_too_and_the_run_can_go_on(no_figures):
-    """A terminal sends SIGINT to the whole group, data workers included: they must last until the step is done."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_the_workers_too_and_the_run_can_go_on(number, no_figures):
+    """A terminal or a cluster sends it to the whole group, data workers included: they must last for the step.
+
+    And again: torchrun passes on what its processes have got themselves.
+    """
     write_images("pictures", ant=20, cat=20)
     command = "--arch vit_micro4 --img-size 16 --batch-size 4 --steps 30 --data folder:pictures --dropout 0.1"
     process = python_train(f"{command} --out parts", start_new_session=True)
@@ -972,9 +986,10 @@ def test_control_c_reaches_the_workers_too_and_the_run_can_go_on(no_figures):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)
+    for _ in range(3):
+        os.killpg(process.pid, number)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
+    assert process.returncode == 128 + number, err
     assert "Traceback" not in err
     assert 1 <= checkpoint("parts")["step"] < 30
     resume = out.splitlines()[-1].split("python train.py ")[1]
