@@ -16,6 +16,7 @@ import os
 import torch
 from matplotlib.figure import Figure
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
 import data
@@ -77,7 +78,7 @@ def test_batches(model, split, config):
         split.test_batches(config.img_size, config.micro_batch, device, processes.every()), 1
     ):
         yield batch
-    if config.fsdp:  # each forward pass needs the shards of all processes: some may have to make one more
+    if isinstance(model, FSDPModule):  # a forward pass needs the shards of all processes: some have to make one more
         most = math.ceil(math.ceil(len(split) / processes.COUNT) / config.micro_batch)
         for _ in range(most - mine):
             with autocast(config):

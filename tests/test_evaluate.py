@@ -33,9 +33,7 @@ def split_of(n, labels, size=8, seed=1):
 
 
 def config_of(**changes):
-    values = dict(
-        device="cpu", dtype="float32", img_size=(8, 8), micro_batch=4, batch_size=4, seed=0, steps=5, fsdp=False
-    )
+    values = dict(device="cpu", dtype="float32", img_size=(8, 8), micro_batch=4, batch_size=4, seed=0, steps=5)
     return SimpleNamespace(**(values | dict(target="pixels") | changes))
 
 
