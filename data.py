@@ -352,25 +352,24 @@ class Folder(torch.utils.data.Dataset):
     """
 
     def __init__(self, path, mean, std):
-        self.mean, self.std, self.files, self.unreadable, self.randaugment = mean, std, [], {}, 0.0
-        self.crop_pct = (
-            None  # how much of the short side a test sees; None: ImageNet's 224 of 256, all of larger images
-        )
+        self.mean, self.std, self.unreadable, self.randaugment = mean, std, {}, 0.0
+        # How much of the short side a test sees; None: 224 of 256, as usual for ImageNet, and all above (MAE's code).
+        self.crop_pct = None
         self.classes = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+        paths, labels = [], []
         for label, name in enumerate(self.classes):
             files = sorted(str(f) for f in Path(path, name).iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
             if not files:
                 raise ValueError(
                     f"no image in {Path(path, name)}; add some ({' '.join(IMAGE_SUFFIXES)}) or remove the folder"
                 )
-            self.files += [(file, label) for file in files]
+            paths += files
+            labels += [label] * len(files)
+        # One array of bytes: a million objects would be copied by each worker, which counts references in their place.
+        self.files, self.labels = np.array(list(map(os.fsencode, paths)), np.bytes_), torch.tensor(labels).long()
 
     def __len__(self):
         return len(self.files)
-
-    @property
-    def labels(self):
-        return torch.tensor([label for _, label in self.files])
 
     def subset(self, n, seed):
         """A part of n files, the same number of each class (or one more)."""
@@ -380,7 +379,7 @@ class Folder(torch.utils.data.Dataset):
         """The files with these indices (n,)."""
         part = copy.copy(self)
         part.unreadable = {}
-        part.files = [self.files[i] for i in keep.tolist()]
+        part.files, part.labels = self.files[keep.numpy()], self.labels[keep]
         return part
 
     def skip(self, unreadable):
@@ -398,7 +397,7 @@ class Folder(torch.utils.data.Dataset):
     def __getitem__(self, request):
         """(index, size, crop, draw) -> image (3, H, W) uint8, label, and None or (name, reason) if black."""
         index, size, crop, draw = request
-        file, label = self.files[index]
+        file, label = os.fsdecode(self.files[index]), self.labels[index].item()
         try:
             crop_pct = self.crop_pct or (7 / 8 if max(size) <= 224 else 1.0)
             return read_image(file, size, crop, draw, self.randaugment, crop_pct), label, None

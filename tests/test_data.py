@@ -956,7 +956,7 @@ def test_an_image_that_cannot_be_decoded_is_skipped_with_one_warning(kind, tmp_p
     (tmp_path / "b" / "005.png").unlink()
     bad = str(broken(kind, tmp_path / "b" / "005"))
     split = data.Folder(tmp_path, *PLAIN)
-    place = [file for file, _ in split.files].index(bad)
+    place = split.files.tolist().index(os.fsencode(bad))
     expected = [0] * 5 + [1] * 5 + [2] * 5 + [3] * 5
 
     batches = list(split.test_batches((4, 4), 8, CPU))
@@ -995,6 +995,15 @@ def test_more_than_five_percent_of_unreadable_images_end_the_run(tmp_path, capfd
         assert len(split.unreadable) == 3
     assert issubclass(data.UnreadableImages, ValueError)
     capfd.readouterr()
+
+
+@pytest.mark.parametrize(("side", "share"), [(32, 7 / 8), (224, 7 / 8), (256, 1.0)])
+def test_a_test_sees_all_of_the_short_side_above_224_pixels(side, share, tmp_path):
+    """As in MAE's code for fine-tuning at a higher resolution."""
+    file = save(photograph(pixels(3, 40, 30)), tmp_path / "ant" / "1.png")
+    split = data.Folder(tmp_path, *PLAIN)
+    [(image, _)] = split.test_batches((side, side), 1, CPU)
+    assert torch.equal(image[0].byte(), data.read_image(file, (side, side), None, None, crop_pct=share))
 
 
 def test_a_large_batch_is_decoded_in_parts_by_several_workers(tmp_path, monkeypatch):
@@ -1325,7 +1334,7 @@ def test_a_folder_is_a_data_set_with_the_classes_of_its_train_folder(tmp_path, m
         pets = data.load(name)
         assert pets.classes == ["cat", "dog"]
         assert (len(pets.train), len(pets.test)) == (3, 2)
-        assert [label for _, label in pets.train.files] == [0, 0, 1]
+        assert pets.train.labels.tolist() == [0, 0, 1]
         assert (pets.mean, pets.std) == (data.IMAGENET_MEAN, data.IMAGENET_STD)
 
 

@@ -293,7 +293,7 @@ def test_images_that_cannot_be_decoded_are_counted_over_all_processes(tmp_path):
     order = data.batch_indices(40, 40, 0, seed=0).tolist()  # batches of 4: two images for each process
     files = data.folder(tmp_path / "pictures").train.files
     for i in (order[0], order[2], order[6]):
-        Path(files[i][0]).write_text("no image")
+        Path(os.fsdecode(files[i])).write_text("no image")
     process = torchrun(tmp_path, f"{MICRO} --steps 10 --data folder:pictures --out run")
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
