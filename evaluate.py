@@ -74,9 +74,8 @@ def test_batches(model, split, config):
     """The batches of a split that are this process's, the model in evaluation mode while they last."""
     model.eval()
     device, mine = torch.device(config.device), 0
-    for mine, batch in enumerate(  # noqa: B007 (mine is used below)
-        split.test_batches(config.img_size, config.micro_batch, device, processes.every()), 1
-    ):
+    for batch in split.test_batches(config.img_size, config.micro_batch, device, processes.every()):
+        mine += 1
         yield batch
     if isinstance(model, FSDPModule):  # a forward pass needs the shards of all processes: some have to make one more
         most = math.ceil(math.ceil(len(split) / processes.COUNT) / config.micro_batch)

@@ -65,7 +65,7 @@ def old_run(given):
         saved = json.loads((out / "config.json").read_text())
     except ValueError as error:
         raise ValueError(f"{out / 'config.json'} is damaged ({error}); start anew with --overwrite") from None
-    missing = vars(given).keys() - saved.keys() - {"out", "overwrite", "resume"}
+    missing = vars(given).keys() - set(saved) - {"out", "overwrite", "resume"}
     if missing:
         raise ValueError(f"{out / 'config.json'} says nothing of {min(missing)}: another version wrote it; start anew")
     saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}

@@ -647,6 +647,19 @@ def test_a_run_is_not_resumed_as_another_one(flag, small, no_figures, capsys):
     assert before == {path.name: path.read_bytes() for path in Path("run").iterdir()}
 
 
+def test_a_run_of_another_version_is_not_resumed(small, no_figures, capsys):
+    """Its config.json lacks a flag: nobody knows what that run would have done."""
+    assert run(f"{MICRO} --out run") == 0
+    config = json.loads(Path("run/config.json").read_text())
+    del config["pixels"]
+    Path("run/config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert run("--resume --out run") == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "says nothing of pixels" in err
+
+
 def test_a_damaged_checkpoint_is_one_line_and_not_a_traceback(small, no_figures, capsys):
     assert run(f"{MICRO} --out run") == 0
     Path("run/last.pt").write_bytes(Path("run/last.pt").read_bytes()[:1000])
