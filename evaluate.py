@@ -5,7 +5,7 @@
     extract, …             frozen features, for the linear probe, for nearest neighbours, for few examples a class
     plot_curves, …         curves.png and masks.png of a run
 
-`config` is the configuration of a run, see train.py: task, device, dtype, img_size, micro_batch, seed and so on. Of
+`config` is the configuration of a run, see recipes.py: task, device, dtype, img_size, micro_batch, seed and so on. Of
 several processes, see processes.py, each takes its share of the images.
 """
 

@@ -1,8 +1,16 @@
-"""`pytest --exercises`: the tests grade the learner's files in exercises/ in place of the real code."""
+"""Tests run on the CPU, where everything repeats bit for bit; those of test_cuda.py ask for the GPU themselves.
+
+`pytest --exercises`: the tests grade the learner's files in exercises/ in place of the real code.
+"""
+
+import os
 
 import pytest
 
 from tests import exercises
+
+WITH_GPU = dict(os.environ)
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_addoption(parser):
