@@ -238,7 +238,7 @@ def to_plus_minus_1(dataset):
 
 def to_device(tensor, device):
     """Copy from the host to a device; from pinned memory, if that is a GPU, so that the host need not wait for it."""
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    return tensor if torch.device(device).type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 # ---------------------------------------------------------------------------------------------
