@@ -1,9 +1,9 @@
 """How fast it is, beside others: `python -m tests.bench`.
 
 Everything that one table compares runs in one process, in turn, again and again; a row gives medians, so that a busy
-machine slows all of them alike. Times are also given in units of a matrix product measured among them: the time
-that the model's floating-point operations would take at its rate. Peers are used if they are
-installed (timm, torchvision, transformers, vit-pytorch), and named if they are not. On CUDA: bfloat16, compiled too.
+machine slows all of them alike. Times are also given over the time that the model's floating-point operations would
+take at the rate of a matrix product measured among them. Peers are used if they are installed (timm, torchvision,
+transformers, vit-pytorch), and named if they are not. On CUDA: bfloat16, compiled too.
 
     python -m tests.bench             beside others
     python -m tests.bench --growth    how time and memory grow with image size, depth, width and batch

@@ -87,8 +87,9 @@ COMMANDS = {
     "linear": "--task linear --init init.pt --lr 0.5",
     "knn": "--task knn --init init.pt",
     "fewshot": "--task fewshot --init init.pt",
+    "bfloat16": "--lr 0.01 --dtype bfloat16",
+    "bfloat16-fsdp": "--lr 0.01 --dtype bfloat16 --fsdp",
 }
-COMMANDS |= {"bfloat16": "--lr 0.01 --dtype bfloat16", "bfloat16-fsdp": "--lr 0.01 --dtype bfloat16 --fsdp"}
 # In one process there is nothing to shard.
 SAME = {f"{name}-fsdp": name for name in ("supervised", "hpm", "mae", "bfloat16")}
 FROZEN = ("knn", "fewshot")
