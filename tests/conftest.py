@@ -1,11 +1,16 @@
 """Tests run on the CPU, where everything repeats bit for bit; those of test_cuda.py ask for the GPU themselves.
 
-`pytest --exercises`: the tests grade the learner's files in exercises/ in place of the real code.
+pytest --equation "ViT 6"   the tests of this equation alone; tests/ledger.md lists the names
+pytest --exercises          the marked tests grade the learner's files in exercises/ in place of the real code
 """
 
+import contextlib
 import os
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests import exercises
 
@@ -13,7 +18,62 @@ WITH_GPU = dict(os.environ)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+# ---------------------------------------------------------------------------------------------
+# Fixtures
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def save(tmp_path):
+    """A function that writes anything as `torch.save` does, and returns the path: save(content, "vit.pt")."""
+
+    def save(content, name):
+        torch.save(content, tmp_path / name)
+        return tmp_path / name
+
+    return save
+
+
+class Waits(TorchDispatchMode):
+    """Lists what makes the host wait for a device: `reads`, a value or a size that depends on one; and `copies`.
+
+    A copy that is asked for with non_blocking=True, out of pinned memory, is none that it waits for.
+    """
+
+    READ = ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.reads, self.copies = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out, name = function(*args, **kwargs), function.overloadpacket.__name__
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+        picks = name in ("index", "index_put", "index_put_") and any(t.dtype == torch.bool for t in tensors[1:])
+        if picks or name in self.READ:
+            self.reads.append(name)
+        # A single number of the host's goes to the device with the call of the kernel: no copy, unless it is all.
+        there = [t.device for t in tensors if t.ndim or name in ("copy_", "_to_copy")]
+        moves = isinstance(out, torch.Tensor) and any(device != out.device for device in there)
+        if moves and not (kwargs.get("non_blocking") or (name == "copy_" and args[2:3] == (True,))):
+            self.copies.append(name)
+        return out
+
+
+@pytest.fixture
+def waits():
+    """The class `Waits`: `with waits() as seen: …`, then `assert seen.reads == seen.copies == []`."""
+    return Waits
+
+
+# ---------------------------------------------------------------------------------------------
+# Equations and exercises
+# ---------------------------------------------------------------------------------------------
+
+
 def pytest_addoption(parser):
+    parser.addoption("--equation", action="append", metavar="NAME", help='run the tests of this equation: "ViT 6"')
     parser.addoption("--exercises", action="store_true", help="grade the files in exercises/ and show the progress")
 
 
@@ -28,11 +88,36 @@ def exercise_of(item):
     return exercises.by_name(mark.args[0]) if mark else None
 
 
+def equations_of(item):
+    """The names in a test's equation marks, of the function and of the single case."""
+    return {exercises.check_equation(name) for mark in item.iter_markers("equation") for name in mark.args}
+
+
+def keep(config, items, chosen):
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
+
+
+def pytest_collection_modifyitems(config, items):
+    """Refuse marks with unknown names; keep the tests of the equations that are asked for."""
+    try:
+        wanted = {exercises.check_equation(name) for name in config.getoption("--equation") or ()}
+        equations = {item: (exercise_of(item), equations_of(item))[1] for item in items}
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+    if wanted:
+        keep(config, items, [item for item in items if wanted & equations[item]])
+
+
 class Grading:
-    """Runs the marked tests alone, each with one answer of the learner in place."""
+    """Runs the marked tests alone, each with one answer of the learner in place, by hooks.
+
+    Not by a fixture: a test that had a parameter of the same name would take its place, and grade nothing.
+    """
 
     def __init__(self):
         self.outcomes = {exercise.name: set() for exercise in exercises.EXERCISES}
+        self.during_a_test = contextlib.ExitStack()
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, config, items):
@@ -44,20 +129,24 @@ class Grading:
             marked = [item for item in items if exercise_of(item)]
         except ValueError as error:
             raise pytest.UsageError(str(error)) from None
-        config.hook.pytest_deselected(items=[item for item in items if item not in marked])
-        items[:] = sorted(marked, key=lambda item: exercise_of(item).number)
+        keep(config, items, sorted(marked, key=lambda item: exercise_of(item).number))
         for item in items:
             item.extra_keyword_matches.add(exercise_of(item).name)  # for -k
 
-    @pytest.fixture(autouse=True)
-    def answer(self, request):
-        exercise = exercise_of(request.node)
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item):
+        exercise = exercise_of(item)
         if not exercises.written(exercise):
             pytest.skip(f"{exercise.name} is not started")
         if "failed" in self.outcomes[exercise.name]:
             pytest.skip(f"{exercise.name} failed a test already: one at a time")
-        with exercises.in_place(exercise, exercises.answers(exercise), exercise.path):
-            yield
+        answer = exercises.in_place(exercise, exercises.answers(exercise), exercise.path)
+        self.during_a_test.enter_context(answer)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_teardown(self):
+        with self.during_a_test:
+            return (yield)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item):

@@ -19,6 +19,7 @@ import difflib
 import importlib
 import json
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -29,59 +30,45 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "exercises"
 
 
+# The tests that grade, in the order of the exercises.
+TESTS = ("tests/test_vit.py", "tests/test_hpm.py", "tests/engine/test_train.py")
+
+
 class Row(NamedTuple):
     """A row of the ledger of equations, and where it is found besides its exercises."""
 
     what: str
+    equations: tuple  # their names, for `pytest --equation NAME` and the marks of the tests
     notebook: str  # has a heading that ends in "(row N)"
     cites: str  # in the source or docstring of a function of this row
-    tests: str  # compare with an independent oracle
 
 
 ROWS = [
-    Row("an image is a sequence of patches, and back", "01_image_to_tokens", "section 3.1",
-        "test_patches_run_row_by_row_and_so_do_their_pixels_channel_last"),
-    Row("ViT (1): z_0, patches through E, and positions", "01_image_to_tokens", "eq. 1",
-        "test_patch_embedding_is_a_linear_map_of_each_patch "
-        "test_z0_is_the_class_token_and_the_patches_each_with_its_position"),
-    Row("ViT (5): q, k, v", "02_attention", "eq. 5", "test_attention_is_equations_5_to_8_for_each_head"),
-    Row("ViT (6): attention weights A", "02_attention", "eq. 6", "test_attention_is_equations_5_to_8_for_each_head"),
-    Row("ViT (7), (8): SA and MSA", "02_attention", "eq. 8", "test_attention_is_equations_5_to_8_for_each_head"),
-    Row("GELU and MLP", "03_encoder", "GELU", "test_mlp_is_two_linear_maps_with_a_gelu_between"),
-    Row("ViT (2), (3): the encoder block", "03_encoder", "eq. 2", "test_block_is_equations_2_and_3"),
-    Row("ViT (4): the image representation y", "03_encoder", "eq. 4", "test_a_complete_forward_equals_the_loops"),
-    Row("positions for another grid", "04_higher_resolution", "section 3.2",
-        "test_interpolation_is_a_matrix_for_each_axis test_resized_positions_equal_torchs_antialiased_bicubic"),
-    Row("2-D sine-cosine positions", "01_image_to_tokens", "section 3.5",
-        "test_sine_cosine_positions_encode_the_column_then_the_row"),
-    Row("warm-up and decay of the learning rate", "03_encoder", "appendix B.1",
-        "test_the_learning_rate_warms_up_and_decays"),
-    Row("attention distance, rollout, similar positions", "05_looking_inside", "figure 7",
-        "test_attention_distance_is_the_mean_distance_in_pixels "
-        "test_attention_rollout_multiplies_the_layers_with_their_residuals "
-        "test_position_similarity_is_the_cosine_of_every_pair"),
-    Row("L_rec, on hidden patches", "06_masked_autoencoder", "L_rec",
-        "test_reconstruction_loss_is_one_number_a_patch "
-        "test_the_student_reconstructs_hidden_patches_from_visible_ones_and_predicts_its_loss"),
-    Row("targets 𝒯", "06_masked_autoencoder", "𝒯",
-        "test_patches_are_normalised_with_the_unbiased_variance test_hog_equals_scikit_images_for_each_channel "
-        "test_each_target_has_its_width_and_its_metric"),
-    Row("metrics 𝓜", "06_masked_autoencoder", "𝓜", "test_reconstruction_loss_is_one_number_a_patch"),
-    Row("random, block and grid masks", "06_masked_autoencoder", "MAE",
-        "test_every_row_of_a_mask_hides_exactly_the_same_number"),
-    Row("the teacher's prediction L̂ of the whole image", "08_easy_to_hard", "d_ψ(f_θ(x))",
-        "test_the_predicted_loss_of_the_whole_image_equals_the_loops"),
-    Row("L_pred, absolute", "07_loss_predictor", "L_pred, absolute",
-        "test_the_predictors_loss_and_its_gradient_equal_the_loops"),
-    Row("L_pred, relative", "07_loss_predictor", "L_pred, relative",
-        "test_the_predictors_loss_and_its_gradient_equal_the_loops"),
-    Row("easy to hard: α_t", "08_easy_to_hard", "α_t = α_0",
-        "test_a_hard_mask_hides_the_patches_with_the_largest_predicted_loss"),
-    Row("the teacher's update, and its momentum m", "08_easy_to_hard", "θ_t ← m θ_t",
-        "test_the_teacher_is_a_moving_average_of_the_student"),
-    Row("L = L_rec + L_pred, one step", "09_hpm_end_to_end", "L = L_rec + L_pred",
-        "test_a_step_is_the_equations_put_together"),
+    Row("an image is a sequence of patches, and back", ("ViT 3.1 patches",), "01_image_to_tokens", "section 3.1"),
+    Row("ViT (1): z_0, patches through E, and positions", ("ViT 1",), "01_image_to_tokens", "eq. 1"),
+    Row("ViT (5): q, k, v", ("ViT 5",), "02_attention", "eq. 5"),
+    Row("ViT (6): attention weights A", ("ViT 6",), "02_attention", "eq. 6"),
+    Row("ViT (7), (8): SA and MSA", ("ViT 7", "ViT 8"), "02_attention", "eq. 8"),
+    Row("GELU and MLP", ("GELU and MLP",), "03_encoder", "GELU"),
+    Row("ViT (2), (3): the encoder block", ("ViT 2", "ViT 3"), "03_encoder", "eq. 2"),
+    Row("ViT (4): the image representation y", ("ViT 4",), "03_encoder", "eq. 4"),
+    Row("positions for another grid", ("positions grid",), "04_higher_resolution", "section 3.2"),
+    Row("2-D sine-cosine positions", ("sine-cosine",), "01_image_to_tokens", "section 3.5"),
+    Row("warm-up and decay of the learning rate", ("learning rate",), "03_encoder", "appendix B.1"),
+    Row("attention distance, rollout, similar positions",
+        ("attention distance", "attention rollout", "similar positions"), "05_looking_inside", "figure 7"),
+    Row("L_rec, on hidden patches", ("HPM L_rec",), "06_masked_autoencoder", "L_rec"),
+    Row("targets 𝒯", ("HPM targets",), "06_masked_autoencoder", "𝒯"),
+    Row("metrics 𝓜", ("HPM metrics",), "06_masked_autoencoder", "𝓜"),
+    Row("random, block and grid masks", ("masks",), "06_masked_autoencoder", "MAE"),
+    Row("the teacher's prediction L̂ of the whole image", ("HPM predicted loss",), "08_easy_to_hard", "d_ψ(f_θ(x))"),
+    Row("L_pred, absolute", ("HPM absolute",), "07_loss_predictor", "L_pred, absolute"),
+    Row("L_pred, relative", ("HPM relative",), "07_loss_predictor", "L_pred, relative"),
+    Row("easy to hard: α_t", ("HPM easy to hard",), "08_easy_to_hard", "α_t = α_0"),
+    Row("the teacher's update, and its momentum m", ("EMA",), "08_easy_to_hard", "θ_t ← m θ_t"),
+    Row("L = L_rec + L_pred, one step", ("HPM total",), "09_hpm_end_to_end", "L = L_rec + L_pred"),
 ]  # fmt: skip
+EQUATIONS = [name for row in ROWS for name in row.equations]
 
 
 class Exercise(NamedTuple):
@@ -165,10 +152,10 @@ EXERCISES = [
         "results of normalise_patches returned in place of the first"),
     Exercise("hpm", "random_mask", (16,), "random mask, MAE", 15,
         "mask convention inverted: True is hidden; a count that varies from row to row, as of a threshold; the same "
-        "mask for all images; the generator not used"),
+        "mask for all images; the noise not used"),
     Exercise("hpm", "block_mask", (16,), "block mask, BEiT", 45,
         "mask convention inverted: True is hidden; the count not exact; single patches in place of rectangles; rows "
-        "and columns swapped; the same mask for all images; the generator not used"),
+        "and columns swapped; the same mask for all images; the noise not used"),
     Exercise("hpm", "grid_mask", (16,), "grid mask, MAE, figure 6", 20,
         "mask convention inverted: True is hidden; rows and columns swapped; the wrong patch of each 2 x 2 kept; no "
         "noise where the ratio asks for a part"),
@@ -205,6 +192,13 @@ def by_name(name):
         near = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
         raise ValueError(f"no exercise {name!r}; did you mean {near}? `python -m tests.exercises` lists them all")
     return EXERCISES[names.index(name)]
+
+
+def check_equation(name):
+    """The name itself. Raises ValueError, with all that there are, if no row of the ledger has it."""
+    if name not in EQUATIONS:
+        raise ValueError(f"no equation {name!r}; there are {', '.join(EQUATIONS)}")
+    return name
 
 
 # ---------------------------------------------------------------------------------------------
@@ -310,36 +304,42 @@ def written(exercise):
     return tree is not None and not is_blank(definition(tree, exercise.name))
 
 
+def bound(node):
+    """The names that a statement of a module or a class gives a value."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return {node.name}
+    parts = list(ast.walk(node))
+    names = {part.id for part in parts if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
+    imports = [alias for part in parts if isinstance(part, (ast.Import, ast.ImportFrom)) for alias in part.names]
+    return names | {alias.asname or alias.name.split(".")[0] for alias in imports}
+
+
 @contextlib.contextmanager
 def in_place(exercise, tree, path):
     """While this lasts, the definition in `tree` is that of the real module.
 
-    Beside it, the module and the class get what `tree` defines and they do not: helpers, imports, constants.
+    Beside it, the module and the class get what `tree` gives a name and they do not: helpers, imports, constants.
     """
     module = importlib.import_module(exercise.module)
-    key = parse(real(exercise.module), path)
-    owner, theirs, ours = module, tree, key
+    owner, theirs, ours = module, tree, parse(real(exercise.module), path)
     *parents, name = exercise.name.split(".")
     with pytest.MonkeyPatch.context() as patch:
 
-        def define(node):
-            names = {}
-            exec(compile(ast.Module([node], []), str(path), "exec"), vars(module), names)
-            return names
+        def run(node):
+            values = {}
+            exec(compile(ast.Module([node], []), str(path), "exec"), vars(module), values)
+            return values
 
         for parent in [None, *parents]:
             if parent:
                 owner, theirs, ours = getattr(owner, parent), definition(theirs, parent), definition(ours, parent)
             known = {ast.dump(node) for node in ours.body}
             for node in theirs.body:
-                if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                    new = definition(ours, node.name) is None
-                else:
-                    new = isinstance(node, (ast.Import, ast.ImportFrom, ast.Assign)) and ast.dump(node) not in known
-                for what, value in define(node).items() if new else ():
-                    if what not in vars(owner):
+                new = bound(node) - vars(owner).keys()
+                for what, value in run(node).items() if new and ast.dump(node) not in known else ():
+                    if what in new:
                         patch.setattr(owner, what, value, raising=False)
-        patch.setattr(owner, name, define(definition(theirs, name))[name])
+        patch.setattr(owner, name, run(definition(theirs, name))[name])
         yield
 
 
@@ -380,16 +380,55 @@ def section(row):
 
 
 def citing(row):
-    """The functions of a row's exercises that cite its equation, in their source or their class's docstring."""
-    found = []
+    """The functions of a row's exercises that cite its equation, in their source or their class's docstring.
+
+    Each by its file and its name, with the line of its definition.
+    """
+    found = {}
     for exercise in (e for e in EXERCISES if row in e.rows):
         text = real(exercise.module)
         tree, (*parents, _) = parse(text, exercise.path), exercise.name.split(".")
-        source = ast.get_source_segment(text, definition(tree, exercise.name))
+        function = definition(tree, exercise.name)
+        source = ast.get_source_segment(text, function)
         source += "".join(ast.get_docstring(definition(tree, parent)) or "" for parent in parents)
         if ROWS[row - 1].cites in source:
-            found.append(f"{exercise.module}.{exercise.name}")
+            found[exercise.module, exercise.name] = function.lineno
     return found
+
+
+class Collected(NamedTuple):
+    """A test function, with the marks of all its cases."""
+
+    path: str  # from the root
+    name: str
+    line: int
+    function: Callable
+    equations: set
+    exercises: set
+    cases: list  # of each, the names in its exercise marks
+
+
+@cache
+def collect():
+    """The test functions of `TESTS`, as pytest finds them."""
+    found = {}
+
+    class Plugin:
+        def pytest_collection_finish(self, session):
+            for item in session.items:
+                path, line, _ = item.location
+                test = Collected(path, item.originalname, line + 1, item.function, set(), set(), [])
+                test = found.setdefault((path, item.originalname), test)
+                marks = [mark.args[0] for mark in item.iter_markers("exercise")]
+                test.cases.append(marks)
+                test.exercises.update(marks)
+                test.equations.update(name for mark in item.iter_markers("equation") for name in mark.args)
+
+    quiet = ["-o", "addopts=", "-p", "no:terminal", "-p", "no:cacheprovider", "--collect-only"]
+    code = pytest.main([*quiet, "--rootdir", str(ROOT), *(str(ROOT / path) for path in TESTS)], plugins=[Plugin()])
+    if code:
+        raise ValueError(f"pytest does not collect {', '.join(TESTS)}; run it to see why")
+    return list(found.values())
 
 
 def ledger():
@@ -398,18 +437,20 @@ def ledger():
         "# The ledger of equations",
         "",
         "Written by `python -m tests.exercises ledger`. Each equation has a function that cites it, a section of a",
-        "notebook that walks through it, a test against an independent oracle, and an exercise.",
+        "notebook that walks through it, tests, at least one of them against an independent oracle, and an exercise.",
+        '`pytest --equation "ViT 6"` runs the tests of one.',
         "",
-        "| row | equation | function | notebook | test | exercise |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| row | equation | names | function | notebook | tests | exercise |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for number, row in enumerate(ROWS, 1):
-        exercises = [exercise for exercise in EXERCISES if number in exercise.rows]
-        functions = ", ".join(f"`{name}`" for name in citing(number))
+        names = ", ".join(f"`{name}`" for name in row.equations)
+        functions = ", ".join(f"[`{m}.{name}`](../{m}.py#L{line})" for (m, name), line in citing(number).items())
         notebook = f"[{section(number)}](../notebooks/{row.notebook}.ipynb)" if section(number) else ""
-        tests = ", ".join(f"[`{test}`](test_{exercises[0].module}.py)" for test in row.tests.split())
-        names = ", ".join(f"{exercise.number} `{exercise.name}`" for exercise in exercises)
-        lines.append(f"| {number} | {row.what} | {functions} | {notebook} | {tests} | {names} |")
+        tests = [test for test in collect() if test.equations & set(row.equations)]
+        links = ", ".join(f"[`{t.name}`]({t.path.removeprefix('tests/')}#L{t.line})" for t in tests)
+        own = ", ".join(f"{exercise.number} `{exercise.name}`" for exercise in EXERCISES if number in exercise.rows)
+        lines.append(f"| {number} | {row.what} | {names} | {functions} | {notebook} | {links} | {own} |")
     return "\n".join(lines) + "\n"
 
 
