@@ -1,0 +1,85 @@
+"""Small runs for the tests of the engine: train.py in this process, on 24 coloured images of 16 pixels.
+
+They stand in for the photographs: fixture `small` of conftest.py.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+import data
+import train
+from engine import config as flags
+
+PLAIN = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)  # mean and standard deviation of the images below
+MICRO = "--arch vit_micro4 --img-size 16 --batch-size 4 --steps 3"
+TIMES = ("seconds", "images_per_second")  # what no two runs have in common
+
+
+def coloured(n, seed):
+    """n images (n, 3, 16, 16) of three classes: red, green or blue where the others are noise; and labels (n,)."""
+    images = torch.randint(160, (n, 3, 16, 16), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    labels = torch.arange(n) % 3
+    images[torch.arange(n), labels] += 90
+    return images, labels
+
+
+def small_photos(size=None):
+    """24 training and 10 test images."""
+    splits = (data.InMemory(*coloured(n, seed=n), *PLAIN) for n in (24, 10))
+    return data.Dataset("photos", ["red", "green", "blue"], *PLAIN, *splits)
+
+
+def run(command):
+    """`python train.py COMMAND` in this process: the exit code."""
+    try:
+        return train.main(command.split())
+    except SystemExit as stop:  # argparse
+        return stop.code
+
+
+def settings(command):
+    """The completed configuration and the data of a command."""
+    return flags.configure(flags.parse(command.split()))
+
+
+def log(out):
+    """The lines of log.jsonl, without the times."""
+    lines = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+def checkpoint(out):
+    return torch.load(Path(out, "last.pt"), weights_only=True)
+
+
+def different(one, other):
+    """Names of the tensors that are not equal bit for bit."""
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def watch(monkeypatch, look):
+    """Call look(step, model, config) after every step."""
+    original = train.train_step
+
+    def train_step(config, dataset, model, wrapped_model, average, optimizer, step, images, targets):
+        metrics = original(config, dataset, model, wrapped_model, average, optimizer, step, images, targets)
+        look(step, model, config)
+        return metrics
+
+    monkeypatch.setattr(train, "train_step", train_step)
+
+
+def write_images(path, broken=0, **classes):
+    """folder: data with `classes` = images of each class in train, one in val; the first `broken` are no images."""
+    for split in ("train", "val"):
+        for name, n in classes.items():
+            Path(path, split, name).mkdir(parents=True)
+            pictures = coloured(n if split == "train" else 1, seed=len(name))[0].permute(0, 2, 3, 1).numpy()
+            for i, picture in enumerate(pictures):
+                Image.fromarray(picture).save(Path(path, split, name, f"{i}.png"))
+    for i in range(broken):
+        Path(path, "train", next(iter(classes)), f"{i}.png").write_text("no image")
