@@ -148,10 +148,13 @@ LAYOUTS = (
 # Every name that is handed out, and q, k and v before they are joined.
 BLOCK = r"blocks\.\d+\.((norm[12]|attn\.(q|k|v|qkv|proj)|mlp\.fc[12])\.(weight|bias)|attn\.relative\.pos_embed)"
 RESNET = r"(stem\.(conv|norm)|stages\.\d+\.blocks\.\d+\.((conv|norm)[123]|downsample\.(conv|norm)))\.(weight|bias)"
-KNOWN = (
-    rf"cls_token|(row_|column_)?pos_embed|{BLOCK}|(patch_embed\.backbone\.)?{RESNET}|(patch_embed\.proj|norm_pre|norm|fc_norm|pre_logits\.fc|head)\.(weight|bias)",
-    rf"mask_token|decoder_pos_embed|decoder_embed\.(weight|bias)|decoder\.{BLOCK}|decoder\.(norm|pred)\.(weight|bias)",
-    rf"loss_predictor\.{BLOCK}|loss_predictor\.(norm|pred)\.(weight|bias)",
+KNOWN = "|".join(
+    (
+        rf"cls_token|(row_|column_)?pos_embed|{BLOCK}|(patch_embed\.backbone\.)?{RESNET}",
+        r"(patch_embed\.proj|norm_pre|norm|fc_norm|pre_logits\.fc|head)\.(weight|bias)",
+        rf"mask_token|decoder_pos_embed|decoder_embed\.(weight|bias)|(decoder|loss_predictor)\.{BLOCK}",
+        r"(decoder|loss_predictor)\.(norm|pred)\.(weight|bias)",
+    )
 )
 
 # From our names to those of Hugging Face's files, q, k and v apart.
@@ -313,7 +316,7 @@ def read(source, which="student"):
             continue  # a teacher beside its student, DINO's projection head beside its backbone
         theirs = key.removeprefix(prefix)
         name = rename(theirs, names)
-        if name and not re.fullmatch("|".join(KNOWN), name):
+        if name and not re.fullmatch(KNOWN, name):
             unknown.append(key)
         elif name:
             if not isinstance(value, torch.Tensor):
@@ -403,7 +406,7 @@ def load_state(model, state, source):
 
 
 def check_depths(own, state, source):
-    """Raise ValueError unless all stacks of blocks are as deep in the file as in the model; a file may lack decoders."""
+    """Raise ValueError unless all stacks of blocks are as deep in the file as here; it may lack those of decoders."""
     stages = [f"{part}stages.{i}.blocks." for part in ("", "patch_embed.backbone.") for i in range(4)]
     for stack in ("blocks.", "decoder.blocks.", "loss_predictor.blocks.", *stages):
         here, there = (len({n[len(stack) :].split(".")[0] for n in s if n.startswith(stack)}) for s in (own, state))
