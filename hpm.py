@@ -1,22 +1,26 @@
 """Hard Patches Mining, and its baseline, the masked autoencoder.
 
-*Hard Patches Mining for Masked Image Modeling* (Wang et al., CVPR 2023, arXiv 2304.05919), called
-HPM here; *Masked Autoencoders Are Scalable Vision Learners* (He et al., CVPR 2022, arXiv
-2111.06377), called MAE. The numbers of HPM's equations differ between its versions, so they go by name.
+HPM is *Hard Patches Mining for Masked Image Modeling* (Wang et al., CVPR 2023, arXiv 2304.05919), MAE is *Masked
+Autoencoders Are Scalable Vision Learners* (He et al., CVPR 2022, arXiv 2111.06377). The numbers of HPM's equations
+differ between its versions, so they go by name.
 
-A masked autoencoder hides most patches of an image and learns to reconstruct them. HPM also learns
-which patches are hard to reconstruct, and hides those: the teacher, a slow copy of the student,
-looks at the whole image, predicts a loss for every patch, and sets the student its task.
+A masked autoencoder hides most patches of an image and learns to reconstruct them. HPM also learns which patches are
+hard to reconstruct, and hides those: the teacher, a slow copy of the student, looks at the whole image, predicts a
+loss for every patch, and sets the student its task. This file has HPM's order:
 
-    masks           which patches to hide: random, block, grid, hard    easy to hard
-    targets         what to reconstruct: pixels, HOG, features          𝒯
-    losses          reconstruction, and two ways to predict it          L_rec, L_pred
-    student         encoder, decoder, loss predictor                    f_θ, d_φ, d_ψ
-    teacher         a moving average of the student                     θ_t ← m θ_t + (1 - m) θ_s
-    HPM             one step: predict, mask, reconstruct, compare       L = L_rec + L_pred
+    masks           which patches to hide: random, block, grid      M
+    targets         what to reconstruct: pixels, HOG, features      𝒯
+    metrics         how far a reconstruction is off                 L_rec = 𝓜(d_φ(f_θ(x ⊙ M)), 𝒯(x ⊙ (1 - M)))
+    autoencoder     encoder, decoder, loss predictor                f_θ, d_φ, d_ψ
+    predicted loss  absolute, or relative                           L_pred
+    easy to hard    it guides the mask, more and more               α_t = α_0 + (t / T)(α_T - α_0)
+    teacher         a moving average of the student                 θ_t ← m θ_t + (1 - m) θ_s
+    HPM             one step: ask the teacher, hide, reconstruct    L = L_rec + L_pred
 
-Letters in shapes: B images, N patches, n hidden patches, v = N - n visible ones, D the encoder's width,
-d the decoders' width. In every `mask` (B, N), True means hidden (the paper's M is 1 for visible).
+Letters in the shapes at the end of a line:
+    B images   N patches   n hidden ones   v = N - n visible ones   D the encoder's width   d the decoders' width
+In every mask (B, N), True means hidden (the paper's M is 1 for visible). Nothing here draws random numbers: whoever
+calls gives `noise`, uniform numbers from [0, 1), so that equal noise gives equal masks, on one machine or on many.
 """
 
 import copy
@@ -27,12 +31,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import vit
-import weights
 from vit import gather
 
 # ---------------------------------------------------------------------------------------------
 # Masks
 # ---------------------------------------------------------------------------------------------
+
+MASKS = {"random": 1, "block": 5, "grid": 1, "hard": 1}  # by name: how many numbers of noise each patch needs
 
 
 def count_hidden(patches, ratio):
@@ -43,112 +48,99 @@ def count_hidden(patches, ratio):
     if not 0 < ratio < 1:
         raise ValueError(f"mask ratio {ratio} is out of range; give a number between 0 and 1, as 0.75")
     hidden = patches - int(patches * (1 - ratio))
-    if hidden == patches or hidden < 2:
-        raise ValueError(
-            f"mask ratio {ratio} hides {hidden} of {patches} patches; at least 1 must stay visible and 2 be hidden"
-        )
+    if not 2 <= hidden < patches:
+        raise ValueError(f"mask ratio {ratio} hides {hidden} of {patches} patches; it must hide 2 and leave 1, or more")
     return hidden
 
 
 def hide_largest(score, hidden):
-    """Hide the `hidden` patches with the largest score, in every image: (B, N) -> mask (B, N)."""
-    index = score.topk(hidden, dim=1).indices
+    """Hide the `hidden` patches with the largest score, in every image: (B, N) -> mask (B, N) bool.
+
+    A count, not a threshold, so that every image has as many visible tokens and a batch stays a rectangle.
+    """
+    index = score.topk(hidden, dim=1).indices  # (B, n)
     return torch.zeros_like(score, dtype=torch.bool).scatter_(1, index, True)
 
 
-def random_mask(batch, patches, ratio, generator=None, device=None):
-    """Hide patches at random (MAE): (B, N) bool, exactly `count_hidden` True in every row."""
-    noise = torch.rand(batch, patches, generator=generator, device=device)
-    return hide_largest(noise, count_hidden(patches, ratio))
+def random_mask(noise, ratio):
+    """Hide patches at random (MAE): noise (B, N) -> mask (B, N) bool, exactly `count_hidden` True in every row."""
+    return hide_largest(noise, count_hidden(noise.shape[1], ratio))
 
 
-def block_mask(batch, grid, ratio, generator=None, device=None):
-    """Hide rectangles until the ratio is reached (BEiT's masking): (B, N) bool, the count exact.
+def block_mask(draw, grid, ratio):
+    """Hide rectangles until the ratio is reached (BEiT's masking): draw (B, N, 5) -> mask (B, N) bool, the count exact.
 
-    A block covers 8 to 25 % of the grid (at least 4 patches), with an aspect ratio from 0.3 to 1 / 0.3.
+    Each row of `draw` proposes a rectangle by its first four numbers: the area, uniform from 8 to 25 % of the grid (at
+    least 4 patches); the aspect ratio, height over width, log-uniform from 0.3 to 1 / 0.3; top and left, every place
+    equally likely. They are laid one after the other. Of the one that covers too much, the fifth number of each
+    patch decides which patches are hidden; so it does where 40 rectangles do not cover enough.
     """
-    rows, columns = grid
-    hidden, blocks = count_hidden(rows * columns, ratio), 40
-    area, aspect, top, left = torch.rand(4, batch, blocks, 1, generator=generator, device=device)
+    (rows, columns), device = grid, draw.device
+    area, aspect, top, left = draw[:, :40, :4, None].unbind(dim=2)  # each (B, 40, 1)
     area = (rows * columns * (0.08 + 0.17 * area)).clamp(min=4)
-    aspect = 0.3 ** (1 - 2 * aspect)  # log-uniform
-    height, width = (area * aspect).sqrt().clamp(max=rows), (area / aspect).sqrt().clamp(max=columns)
-    top, left = top * (rows - height), left * (columns - width)
-    row, column = torch.arange(rows, device=device) + 0.5, torch.arange(columns, device=device) + 0.5
-    inside = ((row > top) & (row < top + height))[..., :, None] & ((column > left) & (column < left + width))[
-        ..., None, :
-    ]
-    inside = inside.flatten(2)  # (B, blocks, N)
-    # Blocks are laid one after the other; the earlier a patch is covered, the surer it is hidden.
-    order = torch.arange(blocks, 0, -1, dtype=torch.uint8, device=device)[:, None]
+    aspect = 0.3 ** (1 - 2 * aspect)
+    height = (area * aspect).sqrt().round().clamp(max=rows)
+    width = (area / aspect).sqrt().round().clamp(max=columns)
+    top, left = (top * (rows - height + 1)).floor(), (left * (columns - width + 1)).floor()
+    row, column = torch.arange(rows, device=device), torch.arange(columns, device=device)
+    in_rows, in_columns = (row >= top) & (row < top + height), (column >= left) & (column < left + width)
+    inside = (in_rows[..., :, None] & in_columns[..., None, :]).flatten(2)  # (B, 40, N)
+    # The earlier a patch is covered, the larger its score, and the surer it is hidden.
+    order = torch.arange(inside.shape[1], 0, -1, dtype=torch.uint8, device=device)[:, None]
     score = (inside * order).amax(dim=1)  # (B, N)
-    noise = torch.rand(batch, rows * columns, generator=generator, device=device)
-    return hide_largest(score + noise, hidden)
+    return hide_largest(score + draw[..., 4], count_hidden(rows * columns, ratio))
 
 
-def grid_mask(batch, grid, ratio, generator=None, device=None):
+def grid_mask(noise, grid, ratio):
     """Keep patches on a regular grid (MAE, figure 6): at a ratio of 75 %, the top left one of each 2 x 2.
 
-    Those are hidden last, after all others; where the ratio asks for a part of either, at random.
+    noise (B, N) -> mask (B, N) bool. Those are hidden last; where the ratio asks for a part of either, at random.
     """
-    rows, columns = grid
-    odd_row, odd_column = (torch.arange(n, device=device) % 2 == 1 for n in (rows, columns))
-    score = (odd_row[:, None] | odd_column).flatten()  # (N), 1: hidden first
-    noise = torch.rand(batch, rows * columns, generator=generator, device=device)
-    return hide_largest(score + noise, count_hidden(rows * columns, ratio))
+    odd_row, odd_column = (torch.arange(n, device=noise.device) % 2 == 1 for n in grid)
+    first = (odd_row[:, None] | odd_column).flatten()  # (N,): hidden before the others
+    return hide_largest(first + noise, count_hidden(noise.shape[1], ratio))
 
 
-def hard_fraction(t, T, alpha_0=0.0, alpha_T=0.5):
-    """Easy to hard: α_t = α_0 + (t / T)(α_T - α_0), the share of hidden patches that the teacher picks."""
-    return alpha_0 + t / T * (alpha_T - alpha_0)
-
-
-def hard_mask(predicted_loss, ratio, hard_fraction, generator=None):
-    """Hide the patches that are predicted to be the hardest, and others at random.
-
-    predicted_loss (B, N) -> mask (B, N) with `count_hidden` True in each row: int(hidden * hard_fraction)
-    of them have the largest predicted loss, the rest are drawn from all the others.
-    """
-    hidden = count_hidden(predicted_loss.shape[1], ratio)
-    guided = int(hidden * hard_fraction)
-    score = torch.rand(predicted_loss.shape, generator=generator, device=predicted_loss.device)
-    score.scatter_(1, predicted_loss.topk(guided, dim=1).indices, 2.0)  # noise is below 1: these come first
-    return hide_largest(score, hidden)
+def split_mask(mask, hidden):
+    """Indices of the visible and of the hidden patches, in order: mask (B, N), n in each row -> (B, v), (B, n)."""
+    order = mask.int().argsort(dim=1, stable=True)  # False comes first
+    return order.split([mask.shape[1] - hidden, hidden], dim=1)
 
 
 # ---------------------------------------------------------------------------------------------
-# Targets: what the decoder has to say about a hidden patch
+# Targets, what the decoder has to say about a hidden patch, and metrics
 # ---------------------------------------------------------------------------------------------
 
-TARGETS = ("pixels", "norm-pixels", "hog", "ema", "dino", "clip")
+FROZEN_TARGETS = ("dino", "clip")  # features of a model that others have trained
+FEATURE_TARGETS = ("ema", *FROZEN_TARGETS)
+TARGETS = ("pixels", "norm-pixels", "hog", *FEATURE_TARGETS)
 
 
 def normalise_patches(patches):
-    """MAE's recommended target: every patch with mean 0 and variance 1. Returns that, mean, deviation.
+    """𝒯, MAE's recommended target: every patch with mean 0 and variance 1. Returns that, the mean, the std.
 
     patches (B, N, P*P*C) -> the same, (B, N, 1), (B, N, 1). A flat patch becomes amplified noise.
     """
     mean, variance = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
-    deviation = (variance + 1e-6).sqrt()
-    return (patches - mean) / deviation, mean, deviation
+    std = (variance + 1e-6).sqrt()
+    return (patches - mean) / std, mean, std
 
 
 def hog(images, patch_size, bins=9):
-    """Histograms of oriented gradients, MaskFeat's target (Wei et al. 2022): (B, C, H, W) -> (B, N, features).
+    """𝒯, histograms of oriented gradients, MaskFeat's target (Wei et al. 2022): (B, C, H, W) -> (B, N, features).
 
-    Central differences, zero at the image's border; the orientation, without sign, falls into one of
-    `bins` bins and is weighted by its magnitude; a histogram for each channel and each cell of 8 x 8
-    pixels (or of the whole patch, if 8 does not divide it) is scaled to length 1.
-    features = cells in a patch * C * bins.
+    Central differences, zero at the image's border; the orientation, without sign, falls into one of `bins` bins and is
+    weighted by its magnitude; a histogram for each channel and each cell of 8 x 8 pixels (or of the whole patch, if 8
+    does not divide it) is scaled to length 1. features = cells in a patch * C * bins: cells row by row, in each
+    the channels, in each the bins.
     """
     B, C, H, W = images.shape
     cell = 8 if patch_size % 8 == 0 else patch_size
-    down, along = torch.zeros_like(images), torch.zeros_like(images)
-    down[:, :, 1:-1] = images[:, :, 2:] - images[:, :, :-2]
-    along[..., 1:-1] = images[..., 2:] - images[..., :-2]
+    down = F.pad(images[:, :, 2:] - images[:, :, :-2], (0, 0, 1, 1))
+    along = F.pad(images[..., 2:] - images[..., :-2], (1, 1))
     magnitude = (down**2 + along**2).sqrt()
     angle = torch.atan2(down, along) % math.pi  # [0, π)
-    which = (angle * (bins / math.pi)).long().clamp(max=bins - 1)
+    which = (angle * (bins / math.pi)).long().clamp(max=bins - 1)  # in float32 an angle just below 0 becomes π
     votes = torch.zeros(B, C, bins, H, W, device=images.device, dtype=images.dtype)
     votes.scatter_(2, which[:, :, None], magnitude[:, :, None])
     cells = F.avg_pool2d(votes.flatten(1, 2), cell)  # (B, C * bins, rows of cells, columns of cells)
@@ -156,20 +148,18 @@ def hog(images, patch_size, bins=9):
     return vit.patchify(cells, patch_size // cell)  # the cells of a patch, side by side
 
 
-# ---------------------------------------------------------------------------------------------
-# Losses
-# ---------------------------------------------------------------------------------------------
+METRICS = ("l2", "smooth-l1", "cosine", "cross-entropy")
 
 
 def reconstruction_loss(prediction, target, metric="l2"):
     """L_rec, patch by patch: 𝓜(prediction, target), (B, n, d), (B, n, d) -> (B, n).
 
     metric  "l2"             mean of squared differences
-            "smooth-l1"      ½ d² for a difference d below 1, |d| - ½ above
+            "smooth-l1"      mean of ½ d² for a difference d below 1, |d| - ½ above
             "cosine"         squared distance of the unit vectors, 2 - 2 cos
             "cross-entropy"  distillation: of softmax(prediction) with softmax(target)
 
-    Called with the hidden patches alone: a visible one has nothing to reconstruct.
+    Called with the hidden patches alone: a visible one has nothing to reconstruct. Raises ValueError for other names.
     """
     if metric == "l2":
         return (prediction - target).square().mean(dim=-1)
@@ -179,14 +169,101 @@ def reconstruction_loss(prediction, target, metric="l2"):
         return 2 - 2 * F.cosine_similarity(prediction, target, dim=-1)
     if metric == "cross-entropy":
         return -(target.softmax(dim=-1) * prediction.log_softmax(dim=-1)).sum(dim=-1)
-    raise ValueError(f"unknown metric {metric!r}; there are l2, smooth-l1, cosine, cross-entropy")
+    raise ValueError(f"unknown metric {metric!r}; there are {', '.join(METRICS)}")
+
+
+# ---------------------------------------------------------------------------------------------
+# The autoencoder: an encoder and two decoders
+# ---------------------------------------------------------------------------------------------
+
+
+class Decoder(nn.Module):
+    """Blocks on all tokens, then one linear map for the last of them: d_φ and d_ψ, (B, T, d) -> (B, last, outputs).
+
+    With P*P*C outputs it reconstructs, with one it predicts the loss. (The official code averages 768 outputs of the
+    predictor to one number; one linear output is the same function.)
+    """
+
+    def __init__(self, dim, depth, num_heads, outputs):
+        super().__init__()
+        self.blocks = nn.ModuleList(vit.Block(dim, num_heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.pred = nn.Linear(dim, outputs)
+
+    def forward(self, z, last):
+        for block in self.blocks:
+            z = block(z)
+        return self.pred(self.norm(z[:, -last:]))
+
+
+class Autoencoder(nn.Module):
+    """MAE's asymmetric autoencoder: the encoder sees visible patches alone, the decoders see mask tokens too.
+
+    Both decoders start from the same tokens: latent ones for visible patches, a learned mask token for hidden ones,
+    each with its position. MAE has no loss predictor (None).
+    """
+
+    def __init__(self, encoder, outputs, dim, depth, num_heads, loss_predictor=True):
+        super().__init__()
+        self.encoder = encoder
+        self.decoder_embed = nn.Linear(encoder.dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        positions = vit.sincos_pos_embed(dim, encoder.grid, encoder.num_prefix_tokens)
+        self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
+        self.decoder = Decoder(dim, depth, num_heads, outputs)
+        self.loss_predictor = Decoder(dim, depth, num_heads, 1) if loss_predictor else None
+        for part in (self.decoder_embed, self.decoder, self.loss_predictor):
+            if part is not None:
+                vit.init_weights(part)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def decoder_tokens(self, latent, visible, hidden):
+        """What the decoders start from: (B, 1 + v, D) and indices (B, v), (B, n) -> (B, 1 + v + n, d).
+
+        Visible patches come first, then hidden ones. Attention does not mind: each token carries its position.
+        """
+        z = self.decoder_embed(latent)  # (B, 1 + v, d)
+        masked = self.mask_token.to(z.dtype).expand(len(z), hidden.shape[1], -1)  # (B, n, d)
+        positions = self.decoder_pos_embed.expand(len(z), -1, -1)  # (B, 1 + N, d)
+        x_class, patches = positions.tensor_split([self.encoder.num_prefix_tokens], dim=1)
+        patches = gather(patches, torch.cat([visible, hidden], dim=1))  # (B, v + n, d)
+        return torch.cat([z, masked], dim=1) + torch.cat([x_class, patches], dim=1)
+
+    def forward(self, images, visible, hidden):
+        """Reconstruct the hidden patches, and predict how well that goes, from the visible ones.
+
+        images (B, C, H, W), indices (B, v), (B, n) -> prediction (B, n, outputs), predicted loss (B, n) or None.
+        """
+        latent = self.encoder.encode(images, visible)  # f_θ(x ⊙ M), (B, 1 + v, D)
+        z, n = self.decoder_tokens(latent, visible, hidden), hidden.shape[1]
+        predicted_loss = self.loss_predictor(z, n).squeeze(-1) if self.loss_predictor else None
+        return self.decoder(z, n), predicted_loss
+
+    def predict_loss(self, images):
+        """L̂ = d_ψ(f_θ(x)): the predicted loss of every patch of the whole image (B, N), and the features (B, N, D).
+
+        The predictor is trained on mask tokens, and asked here about visible patches: a mismatch that the authors
+        acknowledge. It takes training to bridge: in short runs this prediction is close to chance, while the student's,
+        of hidden patches, is good already. No reconstruction; without a loss predictor the loss is None.
+        """
+        latent = self.encoder.encode(images)  # (B, 1 + N, D)
+        z, N = self.decoder_embed(latent) + self.decoder_pos_embed, math.prod(self.encoder.grid)
+        predicted_loss = self.loss_predictor(z, N).squeeze(-1) if self.loss_predictor else None
+        return predicted_loss, latent[:, -N:]
+
+
+# ---------------------------------------------------------------------------------------------
+# Predicted loss: how it is learned, and how it guides the mask, from easy to hard
+# ---------------------------------------------------------------------------------------------
+
+PREDICTORS = ("relative", "absolute", "none")
 
 
 def absolute_loss(predicted, true):
     """L_pred, absolute: squared error against the true losses, standardised within each image.
 
-    predicted, true (B, n), hidden patches alone -> a scalar, the mean over patches. `true` is a target:
-    no gradient flows into it.
+    predicted, true (B, n), hidden patches alone -> a scalar, the mean over patches. `true` is a target: no gradient
+    flows into it.
     """
     true = true.detach()
     mean, variance = true.mean(dim=1, keepdim=True), true.var(dim=1, keepdim=True)
@@ -196,12 +273,12 @@ def absolute_loss(predicted, true):
 def relative_loss(predicted, true):
     """L_pred, relative: for each pair of hidden patches, which of them is the harder one?
 
-    - Σ_i Σ_{j≠i} 1⁺_ij log σ(L̂_i - L̂_j) - Σ_i Σ_{j≠i} 1⁻_ij log(1 - σ(L̂_i - L̂_j)), over the number of
-    pairs with 1⁺ or 1⁻; 1⁺_ij is 1 where the true loss of i is larger than that of j, 1⁻_ij where it is
-    smaller; equal ones are no pair. predicted, true (B, n), hidden patches alone -> a scalar, 0 without any pair.
+    - Σ_i Σ_{j≠i} 1⁺_ij log σ(L̂_i - L̂_j) - Σ_i Σ_{j≠i} 1⁻_ij log(1 - σ(L̂_i - L̂_j)), over the number of pairs with 1⁺
+    or 1⁻; 1⁺_ij is 1 where the true loss of i is larger than that of j, 1⁻_ij where it is smaller; equal ones are no
+    pair. predicted, true (B, n), hidden patches alone -> a scalar, 0 without any pair. No gradient flows into `true`.
 
-    As 1 - σ(x) = σ(-x), a pair adds the same to both sums, once as (i, j) and once as (j, i): the mean over
-    all pairs is the mean over those with 1⁺. And -log σ(x) = softplus(-x), without a log to overflow.
+    As 1 - σ(x) = σ(-x), a pair adds the same to both sums, once as (i, j) and once as (j, i): the mean over all pairs
+    is the mean over those with 1⁺. And -log σ(x) = softplus(-x), without a log to overflow.
     """
     harder = true[:, :, None] > true[:, None, :]  # 1⁺, (B, n, n)
     pairs = harder.sum().clamp(min=1)  # before there are floats: to sum them, bools become integers of 8 bytes
@@ -222,90 +299,24 @@ def rank_correlation(predicted, true):
     return F.cosine_similarity(a, b, dim=1).mean()
 
 
-# ---------------------------------------------------------------------------------------------
-# The student: an encoder and two decoders
-# ---------------------------------------------------------------------------------------------
+def hard_fraction(t, T, alpha_0=0.0, alpha_T=0.5):
+    """Easy to hard: α_t = α_0 + (t / T)(α_T - α_0), the share of hidden patches that the teacher picks."""
+    return alpha_0 + t / T * (alpha_T - alpha_0)
 
 
-class Decoder(nn.Module):
-    """Blocks on all tokens, then one output per patch: (B, T, d) -> (B, T, outputs).
+def hard_mask(predicted_loss, noise, ratio, hard_fraction):
+    """Hide the patches that are predicted to be the hardest, and others at random.
 
-    With P*P*C outputs it reconstructs (d_φ), with one it predicts the loss (d_ψ). The official code averages
-    768 outputs of the predictor to one number; one linear output is the same function.
+    predicted_loss, noise (B, N) -> mask (B, N) bool with `count_hidden` True in each row: int(hidden * hard_fraction)
+    of them have the largest predicted loss, the rest are drawn from all the others.
     """
-
-    def __init__(self, dim, depth, num_heads, outputs):
-        super().__init__()
-        self.blocks = nn.ModuleList(vit.Block(dim, num_heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.pred = nn.Linear(dim, outputs)
-
-    def forward(self, z, last):
-        """Outputs for the last `last` tokens: (B, last, outputs)."""
-        for block in self.blocks:
-            z = block(z)
-        return self.pred(self.norm(z[:, -last:]))
-
-
-class Autoencoder(nn.Module):
-    """The asymmetric autoencoder: the encoder sees the visible patches alone, the decoders see mask tokens too.
-
-    loss_predictor False makes it MAE's. Both decoders start from the same tokens: latent ones for
-    visible patches, a learned mask token for hidden ones, each with its position.
-    """
-
-    def __init__(self, encoder, outputs, dim, depth, num_heads, loss_predictor=True):
-        super().__init__()
-        self.encoder = encoder
-        self.decoder_embed = nn.Linear(encoder.dim, dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        positions = vit.sincos_pos_embed(dim, encoder.grid, encoder.prefix)
-        self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
-        self.decoder = Decoder(dim, depth, num_heads, outputs)
-        self.loss_predictor = Decoder(dim, depth, num_heads, 1) if loss_predictor else None
-        for part in (self.decoder_embed, self.decoder, self.loss_predictor):
-            if part is not None:
-                vit.init_weights(part)
-        nn.init.normal_(self.mask_token, std=0.02)
-
-    def decoder_tokens(self, latent, visible, hidden):
-        """What the decoders start from: (B, 1 + v, D) and indices (B, v), (B, n) -> (B, 1 + v + n, d).
-
-        Visible patches come first, then hidden ones. Attention does not mind: each token carries its position.
-        """
-        z = self.decoder_embed(latent)
-        prefix = self.encoder.prefix
-        masked = self.mask_token.to(z.dtype).expand(len(z), hidden.shape[1], -1)  # (B, n, d)
-        x_class = z[:, :prefix] + self.decoder_pos_embed[:, :prefix]  # the formula's are zeros; a file may have others
-        positions = self.decoder_pos_embed[:, prefix:].expand(len(z), -1, -1)  # (B, N, d)
-        positions = gather(positions, torch.cat([visible, hidden], dim=1))  # (B, v + n, d)
-        return torch.cat([x_class, torch.cat([z[:, prefix:], masked], dim=1) + positions], dim=1)
-
-    def forward(self, images, visible, hidden):
-        """Reconstruct the hidden patches, and predict how well that goes, from the visible ones.
-
-        images (B, C, H, W), indices (B, v), (B, n) -> prediction (B, n, outputs), predicted loss (B, n) or None.
-        """
-        latent = self.encoder.encode(images, visible)  # f_θ(x ⊙ M), (B, 1 + v, D)
-        z, n = self.decoder_tokens(latent, visible, hidden), hidden.shape[1]
-        predicted_loss = self.loss_predictor(z, n).squeeze(-1) if self.loss_predictor else None
-        return self.decoder(z, n), predicted_loss
-
-    def predict_loss(self, images):
-        """L̂ = d_ψ(f_θ(x)): the predicted loss of every patch of the whole image (B, N), and the features (B, N, D).
-
-        The predictor is trained on visible patches beside mask tokens, and used here on whole images: a mismatch
-        that the authors acknowledge. It takes training to bridge: in short runs this prediction is close to
-        chance, while the student's, of hidden patches, is good already. The reconstruction decoder is not run.
-        """
-        latent = self.encoder.encode(images)
-        z, N = self.decoder_embed(latent) + self.decoder_pos_embed, latent.shape[1] - self.encoder.prefix
-        predicted_loss = self.loss_predictor(z, N).squeeze(-1) if self.loss_predictor else None
-        return predicted_loss, latent[:, -N:]
+    hidden = count_hidden(predicted_loss.shape[1], ratio)
+    hardest = predicted_loss.topk(int(hidden * hard_fraction), dim=1).indices
+    return hide_largest(noise.scatter(1, hardest, 2.0), hidden)  # noise is below 1: 2 comes first
 
 
 # ---------------------------------------------------------------------------------------------
-# The teacher
+# HPM: the teacher, and one step
 # ---------------------------------------------------------------------------------------------
 
 
@@ -323,22 +334,17 @@ def ema_momentum(epoch, start=0.999, end=0.9999, ramp=100):
     return start + min(1.0, epoch / ramp) * (end - start)
 
 
-# ---------------------------------------------------------------------------------------------
-# One step
-# ---------------------------------------------------------------------------------------------
-
-
 class HPM(nn.Module):
     """Student, teacher, and what happens between them in one step.
 
     student     an `Autoencoder`; without a loss predictor and with a mask other than "hard" this is MAE
-    mask        "random", "block", "grid" or "hard"
-    target      one of `TARGETS`;  metric: see `reconstruction_loss`
-    predictor   "relative", "absolute" or "none"
-    frozen      the ViT whose features are the target, for "dino" and "clip"
+    mask        one of `MASKS`;  target: one of `TARGETS`;  metric: one of `METRICS`
+    predictor   one of `PREDICTORS`, how the student's loss predictor learns; "none" if it has none
+    frozen      the ViT whose features are the target, for `FROZEN_TARGETS`
 
-    The teacher exists only if something asks for it: hard masks, or its features as the target. It has
-    no reconstruction decoder, for nobody would run it. Raises ValueError for parts that do not fit.
+    The teacher exists only if something asks for it: hard masks, or its features as the target. It has no
+    reconstruction decoder, for nobody would run it. `noise_columns`: how many numbers of noise a step needs for
+    each patch. Raises ValueError for parts that do not fit.
     """
 
     def __init__(
@@ -347,40 +353,34 @@ class HPM(nn.Module):
         super().__init__()
         if mask == "hard" and predictor == "none":
             raise ValueError("hard masks need a loss predictor: use predictor relative or absolute, or another mask")
-        if (student.loss_predictor is None) != (predictor == "none"):
-            raise ValueError(
-                f"predictor {predictor!r} does not go with this student, which has a loss predictor or none"
-            )
         self.student, self.frozen = student, frozen
         self.mask_ratio, self.mask = mask_ratio, mask
         self.target, self.metric, self.predictor = target, metric, predictor
-        self.hidden = count_hidden(math.prod(student.encoder.grid), mask_ratio)
+        self.noise_columns = MASKS[mask]
+        self.hidden = count_hidden(math.prod(student.encoder.grid), mask_ratio)  # n
         self.teacher = None
         if mask == "hard" or target == "ema":
-            self.teacher = copy.deepcopy(student).requires_grad_(False).eval()
+            self.teacher = copy.deepcopy(student).requires_grad_(False)
             self.teacher.decoder = None
 
-    def train(self, mode=True):
-        """As of every module; but teacher and frozen model never drop anything out."""
-        super().train(mode)
-        for part in (self.teacher, self.frozen):
-            if part is not None:
-                part.eval()
-        return self
+    @torch.no_grad()
+    def ask_teacher(self, images):
+        """L̂ᵗ = d_ψt(f_θt(x)) (B, N), and the features f_θt(x) (B, N, D); None, None if there is no teacher."""
+        return self.teacher.predict_loss(images) if self.teacher is not None else (None, None)
 
-    def draw_mask(self, predicted_loss, hard_fraction, generator, device, batch, here):
-        """One mask for each image of the slice `here` of a batch: (B, N) bool, True = hidden."""
-        grid = self.student.encoder.grid
+    def draw_mask(self, images, noise, predicted_loss, hard_fraction):
+        """The mask of each image that this noise gives: (B, N) bool. Raises ValueError for noise of another shape."""
+        grid, columns = self.student.encoder.grid, self.noise_columns
+        wanted = (len(images), math.prod(grid)) if columns == 1 else (len(images), math.prod(grid), columns)
+        if noise.shape != wanted:
+            raise ValueError(f"noise has the shape {tuple(noise.shape)}; {self.mask} masks need {wanted} here")
         if self.mask == "hard":
-            everyone = predicted_loss.new_zeros(batch, predicted_loss.shape[1])
-            everyone[here] = predicted_loss  # the others' rows stay empty: each mask depends on its own row
-            mask = hard_mask(everyone, self.mask_ratio, hard_fraction, generator)
-        elif self.mask == "random":
-            mask = random_mask(batch, math.prod(grid), self.mask_ratio, generator, device)
-        else:
-            draw = {"block": block_mask, "grid": grid_mask}[self.mask]
-            mask = draw(batch, grid, self.mask_ratio, generator, device)
-        return mask[here]
+            return hard_mask(predicted_loss, noise, self.mask_ratio, hard_fraction)
+        if self.mask == "block":
+            return block_mask(noise, grid, self.mask_ratio)
+        if self.mask == "grid":
+            return grid_mask(noise, grid, self.mask_ratio)
+        return random_mask(noise, self.mask_ratio)
 
     @torch.no_grad()
     def targets(self, images, features=None):
@@ -390,16 +390,16 @@ class HPM(nn.Module):
             return hog(images, patch_size)
         if self.target == "ema":
             return features
-        if self.target in ("dino", "clip"):
-            return self.frozen.head(self.frozen.encode(images))[:, self.frozen.prefix :]
+        if self.target in FROZEN_TARGETS:
+            return self.frozen.head(self.frozen.encode(images))[:, self.frozen.num_prefix_tokens :]
         patches = vit.patchify(images, patch_size)
         return normalise_patches(patches)[0] if self.target == "norm-pixels" else patches
 
-    def forward(self, images, hard_fraction=0.0, generator=None, batch=None, here=slice(None)):
-        """One step's losses, and all that led to them, by name.
+    def forward(self, images, noise, hard_fraction=0.0, mask=None):
+        """One step: its losses, and all that led to them, by name.
 
-        Masks are drawn for a batch of `batch` images (default: these), of which `images` are the slice `here`: so its
-        parts get the masks that the whole gets, one after the other or on many processes.
+        images (B, C, H, W); noise (B, N), or (B, N, noise_columns) if that is more than one; hard_fraction: α_t;
+        mask (B, N): hide these in place of drawing a mask, as many in each row as mask_ratio says; noise may be None.
 
         loss             L = L_rec + L_pred, to be minimised
         rec, pred        its two parts; rec is the mean of patch_loss
@@ -407,27 +407,24 @@ class HPM(nn.Module):
         mask             (B, N) bool; hidden (B, n), visible (B, v): the indices, in order
         prediction       (B, n, outputs);  patch_loss (B, n), predicted_loss (B, n): the student's, for hidden patches
         teacher_loss     (B, N): what the teacher predicted, for all patches
-        """
-        teacher_loss = features = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                teacher_loss, features = self.teacher.predict_loss(images)  # L̂ᵗ = d_ψt(f_θt(x))
-        batch = batch or len(images)
-        mask = self.draw_mask(teacher_loss, hard_fraction, generator, images.device, batch, here)
-        order = mask.int().argsort(dim=1, stable=True)  # False comes first
-        visible, hidden = order.split([mask.shape[1] - self.hidden, self.hidden], dim=1)
 
-        prediction, predicted_loss = self.student(images, visible, hidden)
+        Without a loss predictor there is no pred and no correlation, and loss is rec.
+        """
+        teacher_loss, features = self.ask_teacher(images)  # L̂ᵗ = d_ψt(f_θt(x)), (B, N)
+        if mask is None:
+            mask = self.draw_mask(images, noise, teacher_loss, hard_fraction)  # (B, N)
+        visible, hidden = split_mask(mask, self.hidden)  # (B, v), (B, n)
+        prediction, predicted_loss = self.student(images, visible, hidden)  # d_φ(f_θ(x ⊙ M)), d_ψ(f_θ(x ⊙ M))
         target = gather(self.targets(images, features), hidden)  # 𝒯(x ⊙ (1 - M)), (B, n, outputs)
-        patch_loss = reconstruction_loss(prediction.float(), target.float(), self.metric)  # (B, n)
-        out = dict(mask=mask, visible=visible, hidden=hidden, prediction=prediction, teacher_loss=teacher_loss)
-        out |= dict(patch_loss=patch_loss, predicted_loss=predicted_loss, rec=patch_loss.mean())
-        out["loss"] = out["rec"]
-        if predicted_loss is not None:
-            compare = relative_loss if self.predictor == "relative" else absolute_loss
-            out["pred"] = compare(predicted_loss.float(), patch_loss.detach())  # no gradient into the target
-            out["correlation"] = rank_correlation(predicted_loss, patch_loss)
-            out["loss"] = out["rec"] + out["pred"]
+        patch_loss = reconstruction_loss(prediction.float(), target.float(), self.metric)  # 𝓜, (B, n)
+        rec = patch_loss.mean()  # L_rec
+        out = dict(mask=mask, visible=visible, hidden=hidden, teacher_loss=teacher_loss, prediction=prediction)
+        out |= dict(patch_loss=patch_loss, predicted_loss=predicted_loss, rec=rec, loss=rec)
+        if self.predictor != "none":
+            compare = {"relative": relative_loss, "absolute": absolute_loss}[self.predictor]
+            pred = compare(predicted_loss.float(), patch_loss.detach())  # L_pred: its target learns nothing from it
+            out |= dict(pred=pred, correlation=rank_correlation(predicted_loss, patch_loss))
+            out["loss"] = rec + pred  # L = L_rec + L_pred
         return out
 
 
@@ -441,89 +438,23 @@ def create(arch, img_size=224, in_chans=3, target="pixels", predictor="relative"
     options: mask, mask_ratio, metric, frozen as in `HPM` (metric: by default "cosine" for features, else "l2");
     gelu of the encoder; decoder = (dim, depth, heads). Raises ValueError for unknown names and parts that do not fit.
     """
-    for name, value, allowed in (
-        ("target", target, TARGETS),
-        ("predictor", predictor, ("relative", "absolute", "none")),
-        ("mask", options.get("mask", "hard"), ("random", "block", "grid", "hard")),
-    ):
+    options.setdefault("metric", "cosine" if target in FEATURE_TARGETS else "l2")
+    given = dict(target=target, predictor=predictor, mask=options.get("mask", "hard"), metric=options["metric"])
+    for (name, value), allowed in zip(given.items(), (TARGETS, PREDICTORS, MASKS, METRICS), strict=True):
         if value not in allowed:
             raise ValueError(f"unknown {name} {value!r}; there are {', '.join(allowed)}")
-    frozen = options.get("frozen")
-    if target in ("dino", "clip") and frozen is None:
-        raise ValueError(f"the target {target} needs a frozen model: give its weights")
-    vit.check_plain(arch)
-    encoder = vit.create(arch, img_size, 0, in_chans, pos_embed="sincos", gelu=options.pop("gelu", "none"))
-    P, D = encoder.patch_size, encoder.dim
-    outputs = {"pixels": P * P * in_chans, "norm-pixels": P * P * in_chans, "ema": D}
-    outputs["hog"] = hog(torch.zeros(1, in_chans, P, P), P).shape[-1]
-    if target in ("dino", "clip"):
+    encoder = vit.create(arch, img_size, 0, in_chans, pos_embed="sincos", gelu=options.pop("gelu", "exact"))
+    P, D, frozen = encoder.patch_size, encoder.dim, options.get("frozen")
+    if target in FROZEN_TARGETS:
+        if frozen is None:
+            raise ValueError(f"the target {target} needs a frozen model: give its weights")
         if frozen.grid != encoder.grid:
-            grids = ["x".join(map(str, model.grid)) for model in (frozen, encoder)]
-            raise ValueError(
-                f"the frozen model has {grids[0]} patches, the student {grids[1]}; they must be the same ones"
-            )
-        outputs[target] = frozen.head.out_features if isinstance(frozen.head, nn.Linear) else D
+            raise ValueError(f"the frozen model's grid is {frozen.grid}, the student's {encoder.grid}; make them equal")
+        outputs = frozen.head.out_features if isinstance(frozen.head, nn.Linear) else frozen.dim
+    elif target == "hog":
+        outputs = hog(torch.zeros(1, in_chans, P, P), P).shape[-1]
+    else:
+        outputs = D if target == "ema" else P * P * in_chans
     size = options.pop("decoder", None) or DECODERS.get(D, (512, 8, 16))
-    options.setdefault("metric", "cosine" if target in ("ema", "dino", "clip") else "l2")
-    student = Autoencoder(encoder, outputs[target], *size, loss_predictor=predictor != "none")
+    student = Autoencoder(encoder, outputs, *size, loss_predictor=predictor != "none")
     return HPM(student, target=target, predictor=predictor, **options)
-
-
-def load_weights(student, source, which="student"):
-    """Load a checkpoint, a file or a URL, into an `Autoencoder`: the encoder, and the decoders where the file has any.
-
-    Any layout that weights.py knows; with decoders: MAE's, HPM's own and ours, Hugging Face's ViTMAE. which: "student"
-    or "teacher", where the file holds both. Returns sentences that say what was adapted, left or not used, as
-    `vit.load_weights` does; raises ValueError, and changes nothing, for another width or depth of any part.
-    """
-    return vit.load_state(student, weights.read(source, which), source)
-
-
-# CLIP's visual tower in timm's names: its name, ours.
-CLIP_NAMES = (
-    ("visual.", ""),
-    ("conv1.weight", "patch_embed.proj.weight"),
-    ("class_embedding", "cls_token"),
-    ("positional_embedding", "pos_embed"),
-    ("ln_pre", "norm_pre"),
-    ("ln_post", "norm"),
-    ("transformer.resblocks", "blocks"),
-    ("ln_1", "norm1"),
-    ("ln_2", "norm2"),
-    ("attn.in_proj_", "attn.qkv."),
-    ("attn.out_proj", "attn.proj"),
-    ("mlp.c_fc", "mlp.fc1"),
-    ("mlp.c_proj", "mlp.fc2"),
-)
-
-
-def load_frozen(target, arch, img_size, source, in_chans=3):
-    """The frozen ViT whose features are the target "dino" or "clip", from its weights.
-
-    DINO's have timm's names. CLIP's visual tower has its own, one more LayerNorm, no bias in E, the quick GELU and a
-    projection at the end, which becomes our head. The model has the student's architecture, so that patches
-    correspond; raises ValueError, with both sizes, for weights of another patch size or width.
-    """
-    state = weights.tensors(source) if target == "clip" else weights.read(source, which="teacher")
-    options = {}
-    if target == "clip":
-        state = {name: value.float() for name, value in state.items() if name.startswith("visual.")}
-        for theirs, ours in CLIP_NAMES:
-            state = {name.replace(theirs, ours): value for name, value in state.items()}
-        if not {"proj", "cls_token", "pos_embed", "patch_embed.proj.weight"} <= state.keys():
-            raise ValueError(
-                f"{source} holds no visual tower of CLIP: no visual.conv1.weight, visual.proj and so on in it"
-            )
-        state["cls_token"], state["pos_embed"] = state["cls_token"][None, None], state["pos_embed"][None]
-        state["head.weight"] = state.pop("proj").T
-        state["patch_embed.proj.bias"] = torch.zeros(state["cls_token"].shape[-1])
-        state["head.bias"] = torch.zeros(len(state["head.weight"]))
-        options = dict(num_classes=len(state["head.weight"]), pre_norm=True, gelu="quick", eps=1e-5)
-    frozen = vit.create(arch, img_size, in_chans=in_chans, **{"num_classes": 0, **options})
-    own = frozen.patch_embed.proj.weight
-    for theirs in (value for name, value in state.items() if name.endswith("patch_embed.proj.weight")):
-        for what, axis in (("width", 0), ("patch size", -1)):
-            if theirs.shape[axis] != own.shape[axis]:
-                raise ValueError(f"{source}: its {what} is {theirs.shape[axis]}, that of {arch} is {own.shape[axis]}")
-    vit.load_state(frozen, state, source)
-    return frozen.requires_grad_(False).eval()
