@@ -3,6 +3,8 @@
 Half of the embedded patches are corrupted, as BERT corrupts words, and of each of these the model names the mean
 colour, out of the 512 that 3 bits a channel can tell apart. The encoder sees all tokens, corrupted ones too. MAE, in
 hpm.py, shows it the intact ones alone, and asks for every pixel of the others.
+
+Letters in shapes: B images, N patches, C channels, D the encoder's width.
 """
 
 import math
@@ -30,30 +32,32 @@ def mean_colour(images, patch_size, mean, std):
     return (steps * digits).sum(dim=2)
 
 
-def half(draw):
+def choose_half(noise):
     """The half of the patches with the largest numbers: (B, N) -> indices (B, N // 2)."""
-    return draw.topk(draw.shape[1] // 2, dim=1).indices
+    return noise.topk(noise.shape[1] // 2, dim=1).indices
 
 
-def corrupt(tokens, which, mask_token, draw):
-    """Corrupt these embedded patches: (B, N, D), (B, n) -> (B, N, D).
+def corrupt(tokens, chosen, mask_token, noise):
+    """Corrupt the chosen ones of the embedded patches: (B, N, D), indices (B, n) -> (B, N, D).
 
     80 % become the mask token (1, 1, D), 10 % another patch of the same image, 10 % stay as they are.
-    draw (2, B, N): uniform numbers from [0, 1) for what, and for which other patch.
+    noise (B, N, 2): uniform numbers from [0, 1), the first for what, the second for which other patch.
     """
     N = tokens.shape[1]
-    into = draw[0].gather(1, which)[..., None]  # (B, n, 1)
-    other = (which + 1 + (draw[1].gather(1, which) * (N - 1)).long()) % N  # any but itself
-    kept, other = gather(tokens, which), gather(tokens, other)  # (B, n, D)
-    new = torch.where(into < 0.8, mask_token.to(tokens.dtype), torch.where(into < 0.9, other, kept))
-    return tokens.scatter(1, which[..., None].expand_as(new), new)
+    what, place = gather(noise, chosen).unbind(dim=2)  # each (B, n)
+    other = (chosen + 1 + (place * (N - 1)).long()) % N  # any but itself
+    kept, other, what = gather(tokens, chosen), gather(tokens, other), what[..., None]  # (B, n, D), and (B, n, 1)
+    new = torch.where(what < 0.8, mask_token.to(tokens.dtype), torch.where(what < 0.9, other, kept))
+    return tokens.scatter(1, chosen[..., None].expand_as(new), new)
 
 
 class MPP(nn.Module):
     """An encoder (a `vit.ViT` without head), the mask token, and a linear layer from tokens to colours.
 
-    mean, std: those that the images are normalised with.
+    mean, std: those that the images are normalised with. noise_columns: how many numbers of noise each patch needs.
     """
+
+    noise_columns = 3
 
     def __init__(self, encoder, mean, std):
         super().__init__()
@@ -65,18 +69,20 @@ class MPP(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
         vit.init_weights(self.head)
 
-    def forward(self, images, generator=None, batch=None, here=slice(None)):
+    def forward(self, images, noise):
         """One step's values by name: loss (cross-entropy of the corrupted patches' colours), rec (the same), accuracy.
 
-        As in `hpm.HPM.forward`, numbers are drawn for `batch` images, of which these are the slice `here`.
+        images (B, C, H, W); noise (B, N, 3): uniform numbers from [0, 1), for which patches, into what, from where.
+        Raises ValueError for noise of another shape.
         """
-        encoder, N = self.encoder, math.prod(self.encoder.grid)
-        draw = torch.rand(3, batch or len(images), N, generator=generator, device=images.device)[:, here]
-        which = half(draw[0])
-        z = encoder.encode(images, change=lambda tokens: corrupt(tokens, which, self.mask_token, draw[1:]))
-        z = z[:, encoder.prefix :]  # (B, N, D)
-        logits = self.head(gather(z, which)).float()  # (B, N // 2, colours)
-        colours = mean_colour(images, encoder.patch_size, self.mean, self.std).gather(1, which)
+        encoder, wanted = self.encoder, (len(images), math.prod(self.encoder.grid), self.noise_columns)
+        if noise.shape != wanted:
+            raise ValueError(f"noise has the shape {tuple(noise.shape)}; these images need {wanted}")
+        chosen = choose_half(noise[..., 0])  # (B, N // 2)
+        z = encoder.encode(images, corrupt=lambda tokens: corrupt(tokens, chosen, self.mask_token, noise[..., 1:]))
+        z = z[:, encoder.num_prefix_tokens :]  # (B, N, D)
+        logits = self.head(gather(z, chosen)).float()  # (B, N // 2, colours)
+        colours = mean_colour(images, encoder.patch_size, self.mean, self.std).gather(1, chosen)
         loss = F.cross_entropy(logits.flatten(0, 1), colours.flatten())
         return dict(loss=loss, rec=loss, accuracy=(logits.argmax(dim=2) == colours).float().mean())
 
@@ -84,9 +90,9 @@ class MPP(nn.Module):
 def create(arch, img_size, mean, std, **options):
     """Masked patch prediction with the encoder `arch` of `vit.ARCHS`; options: of `vit.ViT`.
 
-    Raises ValueError for an arch that is no plain ViT, and for an image of less than two patches.
+    Raises ValueError for an arch that is no plain ViT (convolutions would look into the corrupted patches), and for an
+    image of less than two patches.
     """
-    vit.check_plain(arch)
     encoder = vit.create(arch, img_size, 0, len(mean), **options)
     if math.prod(encoder.grid) < 2:
         raise ValueError("masked patch prediction needs at least two patches; use larger images")
