@@ -5,14 +5,20 @@
     python train.py --task hpm --arch vit_micro4 --data fashion-mnist
     python train.py --task linear --arch vit_micro4 --data fashion-mnist --init runs/hpm-…/last.pt
 
-Tasks: supervised, from scratch; mpp, mae and hpm, pre-training without labels; finetune, linear, knn and fewshot
-measure what pre-training was good for. From top to bottom: the model, its optimizer and its learning rate; one step;
-the loop; the program around it. The flags and what they are by default are in recipes.py, what a run leaves behind in
-run_folder.py, several GPUs (`torchrun --nproc_per_node=8 train.py …`) in processes.py.
+Read this file from top to bottom:
+
+    tasks       what each of them builds, minimises and is scored by
+    optimizer   its groups, and the learning rate of a step
+    one step    from the batch to the optimizer
+    the loop    steps, and what is logged, scored and saved after some of them
+    main        the program around it
+
+The flags, and the papers' recipes for them, are in engine/config.py; what a run leaves behind is in
+engine/checkpoint.py; several GPUs (`torchrun --nproc_per_node=8 train.py …`) in engine/distributed.py.
 """
 
-import argparse
 import copy
+import dataclasses
 import functools
 import json
 import math
@@ -20,7 +26,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
+import typing
 
 import torch
 from torch.nn import functional as F
@@ -29,64 +35,143 @@ from tqdm import tqdm
 
 import data
 import hpm
-import mpp
-import processes
 import vit
-from evaluate import (
-    autocast,
-    evaluate,
-    evaluate_pretraining,
-    extract,
-    few_shot,
-    linear_probe,
-    nearest_neighbours,
-    plot_curves,
-    plot_masks,
-    share_unreadable,
-)
-from processes import say
-from recipes import AUTOENCODERS, FROZEN, PRETRAINING, SHOTS, check_processes, configure, load_dataset, parse
-from run_folder import claim, load, new_run, old_run, read_log, save, start_log, write
+from downstream import probes
+from engine import checkpoint as run_folder
+from engine import config as flags
+from engine import distributed, image_folder, plots, weights
+from engine.config import AUTOENCODERS, PRETRAINING, SHOTS, TRAINING_FREE
+from related import mpp, positions, resnet
 
-BETAS = {"mae": (0.9, 0.95), "hpm": (0.9, 0.95)}  # else (0.9, 0.999)
-CLIP = 1.0  # norm of the whole gradient, for the ViT paper's recipes (appendix B.1); MAE and HPM do not clip
+MAX_GRAD_NORM = 1.0  # of the whole gradient, in the ViT paper's recipes (appendix B.1); MAE and HPM do not clip
 HELD_OUT = 0.1  # of the training images, to choose a learning rate; the paper's share for its small data sets
 EVALUATIONS = 10  # of a run that has more epochs than that
 SAVE_EVERY = 600  # seconds
 
 # ---------------------------------------------------------------------------------------------
-# The model, its optimizer, its learning rate
+# Tasks
 # ---------------------------------------------------------------------------------------------
 
 
+def build_vit(config, in_chans, num_classes):
+    """The ViT, hybrid or ResNet of --arch; num_classes 0: without a head."""
+    if config.arch in resnet.RESNETS:
+        return resnet.create(config.arch, config.img_size, num_classes, in_chans)
+    variant = config.pos_embed in positions.KINDS
+    options = dict(pool=config.pool, pos_embed="none" if variant else config.pos_embed)
+    options |= dict(dropout=config.dropout, drop_path=config.drop_path, gelu=config.gelu)
+    create = vit.create if config.arch in vit.ARCHS else resnet.create
+    model = create(config.arch, config.img_size, num_classes, in_chans, **options)
+    if variant:
+        positions.replace(model, config.pos_embed)
+    return model
+
+
+def build_classifier(config, dataset):
+    return build_vit(config, len(dataset.mean), len(dataset.classes))
+
+
+def build_encoder(config, dataset):
+    return build_vit(config, len(dataset.mean), 0)
+
+
+def build_mpp(config, dataset):
+    return mpp.MPP(build_encoder(config, dataset), dataset.mean, dataset.std)
+
+
+def build_autoencoder(config, dataset):
+    """HPM's student and teacher; MAE is the same without a loss predictor."""
+    options = dict(mask=config.mask, mask_ratio=config.mask_ratio, gelu=config.gelu)
+    in_chans = len(dataset.mean)
+    if config.target in ("dino", "clip"):
+        options["frozen"] = weights.load_frozen(
+            config.target, config.arch, config.img_size, config.target_weights, in_chans
+        )
+    return hpm.create(config.arch, config.img_size, in_chans, config.target, config.predictor_loss, **options)
+
+
+def classification_losses(model, images, targets, noise, hard_fraction, smoothing):
+    """Cross-entropy; targets are labels (b,) or, after mixup and CutMix, probabilities (b, classes)."""
+    return {"loss": F.cross_entropy(model(images), targets, label_smoothing=smoothing)}
+
+
+def autoencoder_losses(model, images, targets, noise, hard_fraction, smoothing):
+    out = model(images, noise, hard_fraction)
+    return {name: out[name] for name in ("loss", "rec", "pred", "correlation") if name in out}
+
+
+def mpp_losses(model, images, targets, noise, hard_fraction, smoothing):
+    out = model(images, noise)
+    return {name: out[name] for name in ("loss", "rec", "accuracy")}
+
+
+def score_classifier(config, model, dataset):
+    return probes.evaluate(model, dataset.test, *how_to_evaluate(config))
+
+
+def score_pretraining(config, model, dataset):
+    return probes.evaluate_pretraining(model, dataset.test, *how_to_evaluate(config), config.seed)
+
+
+def score_neighbours(config, model, dataset):
+    train, test = (probes.extract(model, split, *how_to_evaluate(config)) for split in (dataset.train, dataset.test))
+    return {"top1": probes.nearest_neighbours(train, test, len(dataset.classes))}
+
+
+def score_few_shot(config, model, dataset):
+    classes, scores = len(dataset.classes), {}
+    train, test = (probes.extract(model, split, *how_to_evaluate(config)) for split in (dataset.train, dataset.test))
+    for n in SHOTS:
+        few = data.balanced(train[1].cpu(), n * classes, config.seed).to(train[1].device)
+        scores[f"top1_{n}shot"] = probes.few_shot((train[0][few], train[1][few]), test, classes)
+    return scores
+
+
+def how_to_evaluate(config):
+    return config.img_size, config.micro_batch, config.device, config.dtype
+
+
+class Task(typing.NamedTuple):
+    """What one task is.
+
+    build   (config, dataset) -> the model, before any weights are loaded
+    losses  what a step minimises, "loss", and what is logged beside it: scalars by name. None: nothing is trained
+    score   (config, model, dataset) -> scores by name
+    betas   of AdamW
+    clips   the optimizers whose gradient is clipped to MAX_GRAD_NORM
+    """
+
+    build: typing.Callable
+    losses: typing.Callable | None
+    score: typing.Callable
+    betas: tuple[float, float] = (0.9, 0.999)
+    clips: tuple[str, ...] = ()
+
+
+TASKS = {
+    "supervised": Task(build_classifier, classification_losses, score_classifier, clips=("adamw", "sgd")),
+    "mpp": Task(build_mpp, mpp_losses, score_pretraining),
+    "mae": Task(build_autoencoder, autoencoder_losses, score_pretraining, betas=(0.9, 0.95)),
+    "hpm": Task(build_autoencoder, autoencoder_losses, score_pretraining, betas=(0.9, 0.95)),
+    "finetune": Task(build_classifier, classification_losses, score_classifier, clips=("sgd",)),
+    "linear": Task(build_encoder, classification_losses, score_classifier),
+    "knn": Task(build_encoder, None, score_neighbours),
+    "fewshot": Task(build_encoder, None, score_few_shot),
+}
+
+
 def build(config, dataset, resume=False):
-    """The model of a run, weights loaded. Raises ValueError if they do not fit.
+    """The model of a run, with the weights of --init. Raises ValueError if they do not fit.
 
     resume: the weights will come from a checkpoint, --init need not be there; but a frozen encoder is in no checkpoint.
     With --checkpointing a block keeps its input alone, and computes the rest again in the backward pass.
     """
-    channels, classes = len(dataset.mean), len(dataset.classes)
-    names = ("pool", "pos_embed", "dropout", "drop_path", "gelu") if config.arch in vit.ARCHS else ()
-    options = {name: getattr(config, name) for name in names}
-    if config.task == "mpp":
-        model = mpp.create(config.arch, config.img_size, dataset.mean, dataset.std, **options)
-        start = model.encoder
-    elif config.task in AUTOENCODERS:
-        options = dict(mask=config.mask, mask_ratio=config.mask_ratio, gelu=config.gelu)
-        if config.target in ("dino", "clip"):
-            options["frozen"] = hpm.load_frozen(
-                config.target, config.arch, config.img_size, config.target_weights, channels
-            )
-        model = hpm.create(config.arch, config.img_size, channels, config.target, config.predictor_loss, **options)
-        start = model.student
-    else:
-        classes = classes if config.task in ("supervised", "finetune") else 0
-        model = start = vit.create(config.arch, config.img_size, classes, channels, **options)
+    model = TASKS[config.task].build(config, dataset)
     if config.init and not (resume and config.task != "linear"):
-        load_weights = hpm.load_weights if config.task in AUTOENCODERS else vit.load_weights
-        for note in load_weights(start, config.init):
-            say(f"{config.init}: {note}")
-    if config.task in AUTOENCODERS and model.teacher is not None:
+        start = {"mpp": "encoder", "mae": "student", "hpm": "student"}.get(config.task)
+        for note in vit.load_weights(getattr(model, start) if start else model, config.init):
+            distributed.print0(f"{config.init}: {note}")
+    if getattr(model, "teacher", None) is not None:
         hpm.ema_update(model.teacher, model.student, 0.0)  # the teacher starts as the student
     if config.checkpointing:
         for module in model.modules():
@@ -95,21 +180,27 @@ def build(config, dataset, resume=False):
     return model
 
 
-def build_optimizer(model, config):
-    """AdamW or SGD with momentum 0.9, weight decay on matrices alone, a learning rate for each layer."""
+# ---------------------------------------------------------------------------------------------
+# The optimizer, and its learning rate
+# ---------------------------------------------------------------------------------------------
+
+
+def build_optimizer(model, name, lr, weight_decay, layer_decay, betas):
+    """AdamW, or SGD with momentum 0.9; weight decay on matrices alone, a learning rate for each layer.
+
+    layer_decay: the learning rate of a layer over that of the next one, in (0, 1]; the head's is `lr`.
+    """
     groups = {}
-    depth = 1 + max(
-        [int(name.split(".")[1]) for name, _ in model.named_parameters() if name.startswith("blocks.")] or [0]
-    )
-    for name, p in model.named_parameters():
+    depth = 1 + max([int(n.split(".")[1]) for n, _ in model.named_parameters() if n.startswith("blocks.")] or [0])
+    for n, p in model.named_parameters():
         if p.requires_grad:
-            decay = config.weight_decay if p.ndim > 1 and not name.endswith(("token", "pos_embed")) else 0.0
-            scale = config.layer_decay ** (depth + 1 - layer_number(name, depth))
+            decay = weight_decay if p.ndim > 1 and not n.endswith(("token", "pos_embed")) else 0.0
+            scale = layer_decay ** (depth + 1 - layer_number(n, depth))
             groups.setdefault((decay, scale), []).append(p)
     groups = [dict(params=ps, weight_decay=decay, scale=scale) for (decay, scale), ps in groups.items()]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, fused=True)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=BETAS.get(config.task, (0.9, 0.999)), fused=True)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
 def layer_number(name, depth):
@@ -117,6 +208,16 @@ def layer_number(name, depth):
     if name.startswith(("patch_embed", "cls_token", "pos_embed", "row_pos_embed", "column_pos_embed", "norm_pre")):
         return 0
     return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
+
+
+def load_optimizer(optimizer, saved):
+    """Load the state_dict of an optimizer that may have had other shards, or none."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        i: {name: distributed.sharded(v, params[i]) if v.shape == params[i].shape else v for name, v in values.items()}
+        for i, values in saved["state"].items()
+    }
+    optimizer.load_state_dict(saved | {"state": state})
 
 
 def learning_rate(step, steps, peak, warmup, decay="cosine"):
@@ -135,69 +236,70 @@ def learning_rate(step, steps, peak, warmup, decay="cosine"):
 # ---------------------------------------------------------------------------------------------
 
 
-def losses_of(model, images, targets, config, step, here):
-    """What a task minimises, "loss", and what is logged beside it: scalars by name. here: these rows of the batch."""
-    if config.task in PRETRAINING:
-        generator = data.generator(config.seed, data.MASK, step, device=config.device)
-        options = dict(generator=generator, batch=config.batch_size, here=here)
-        if config.task in AUTOENCODERS:
-            options["hard_fraction"] = hpm.hard_fraction(step, config.steps, *config.alpha)
-        out = model(images, **options)
-        return {name: out[name] for name in ("loss", "rec", "pred", "correlation", "accuracy") if name in out}
-    # Labels (b,) or, after mixup and CutMix, probabilities (b, classes).
-    return {"loss": F.cross_entropy(model(images), targets, label_smoothing=config.smoothing)}
+def schedule(config, step, images_per_epoch):
+    """What changes from step to step: the learning rate and, for HPM, the share α_t of hard patches and the momentum m."""
+    return dict(
+        lr=learning_rate(step, config.steps, config.lr[0], config.warmup, config.decay),
+        alpha=hpm.hard_fraction(step, config.steps, *config.alpha),
+        momentum=hpm.ema_momentum(step * config.batch_size / images_per_epoch),
+    )
 
 
-def disturb(images, targets, classes, config, step):
-    """Random erasing, mixup and CutMix, where the run wants them."""
-    draw = (config.seed, step, config.batch_size, processes.rows(config.batch_size))
-    if config.erasing:
-        images = data.erase(images, config.erasing, *draw)
-    if config.mixup or config.cutmix:
-        images, targets = data.mix(images, targets, classes, config.mixup, config.cutmix, *draw)
-    return images, targets
+def train_step(config, dataset, model, wrapped_model, average, optimizer, step, images, targets):
+    """One step, from this process's shard of the batch to the optimizer.
 
-
-def train_step(model, optimizer, images, targets, config, step):
-    """One step of the optimizer, on this process's slice of the batch.
-
-    Returns the losses by name and the norm of the gradient before clipping: scalars that nobody has read yet, so
-    that the host need not wait for the device. The losses are means over the slice.
+    model: its parameters; wrapped_model: what is called; average: of the weights of all steps, or None. Returns the
+    losses by name, means over the shard, and the norm of the gradient before clipping: scalars that nobody has read
+    yet, so that the host need not wait for the device.
     """
-    values, first = {}, processes.rows(config.batch_size).start
-    # For dropout and stochastic depth, other numbers on each process.
-    torch.manual_seed(data.generator(config.seed, data.MODEL, step, processes.RANK).initial_seed())
-    # The slice goes through the model in micro-batches. All slices are of one length, and so is what each part of one
-    # weighs in the mean: the gradients add up to that of the whole batch.
-    for start in range(0, len(images), config.micro_batch):
-        part = slice(start, min(start + config.micro_batch, len(images)))
-        share = (part.stop - part.start) / len(images)
-        # Gradients are averaged over the processes once they are complete.
-        complete = part.stop == len(images) or not hasattr(model, "no_sync")
-        with nullcontext() if complete else model.no_sync():
-            with autocast(config):
-                here = slice(first + part.start, first + part.stop)
-                losses = losses_of(model, images[part], targets[part], config, step, here)
+    task, now, n = TASKS[config.task], schedule(config, step, len(dataset.train)), len(images)
+    for group in optimizer.param_groups:
+        group["lr"] = group["scale"] * now["lr"]
+
+    # Random numbers are drawn for the whole batch, and each process takes its rows.
+    shard = distributed.shard(config.batch_size)
+    blend = (config.erasing, config.mixup, config.cutmix, config.seed, step, config.batch_size, shard)
+    images, targets = data.augment_batch(images, targets, len(dataset.classes), *blend)
+    noise = [None] * n  # nothing is masked
+    if config.task in PRETRAINING:
+        patches = math.prod(getattr(model, "student", model).encoder.grid)
+        shape = (config.batch_size, patches, model.noise_columns)
+        noise = data.draw_noise(*shape, config.seed, step, config.device)[shard]
+    # For dropout and stochastic depth: other numbers in each step, and on each process.
+    torch.manual_seed(data.generator(config.seed, data.MODEL, step, distributed.RANK).initial_seed())
+
+    metrics = {}
+    for start in range(0, n, config.micro_batch):  # their gradients add up to that of the shard
+        part = slice(start, min(start + config.micro_batch, n))
+        share, last = (part.stop - part.start) / n, part.stop == n
+        with distributed.averaged_gradients(wrapped_model, last):
+            with probes.autocast(config.device, config.dtype):
+                some = images[part], targets[part], noise[part]
+                losses = task.losses(wrapped_model, *some, now["alpha"], config.smoothing)
             (share * losses["loss"]).backward()
         for name, loss in losses.items():
-            values[name] = values.get(name, 0) + share * loss.detach()
-    clip = CLIP if config.task == "supervised" or (config.task, config.optimizer) == ("finetune", "sgd") else math.inf
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    values["grad_norm"] = norm.full_tensor() if config.fsdp else norm
+            metrics[name] = metrics.get(name, 0) + share * loss.detach()
+
+    max_norm = MAX_GRAD_NORM if config.optimizer in task.clips else math.inf
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     optimizer.step()
     optimizer.zero_grad()
-    return values
+    if getattr(model, "teacher", None) is not None:
+        hpm.ema_update(model.teacher, model.student, now["momentum"])
+    if average is not None:  # a short run forgets its start sooner: at step t, m is at most (1 + t) / (10 + t)
+        hpm.ema_update(average, model, min(config.polyak, (1 + step) / (10 + step)))
+    return metrics | dict(grad_norm=norm.full_tensor() if config.fsdp else norm)
 
 
-def read(pending, done):
+def average_metrics(pending, done):
     """The means of what the steps up to `done` returned, over all processes.
 
     Raises FloatingPointError that names the first bad step.
     """
     names = list(pending[0])
-    table = torch.stack([value for values in pending for value in values.values()])
-    table = processes.total(table).view(-1, len(names)).cpu()  # here, and only here, the host waits for the device
-    table /= processes.COUNT
+    table = torch.stack([value for metrics in pending for value in metrics.values()])
+    table = distributed.all_reduce_sum(table).view(-1, len(names)).cpu()  # only here the host waits for the device
+    table /= distributed.WORLD_SIZE
     bad = (~table.isfinite()).any(dim=1).nonzero().flatten().tolist()
     if bad:
         found = ", ".join(f"{name} {value}" for name, value in zip(names, table[bad[0]].tolist(), strict=True))
@@ -216,22 +318,21 @@ def train(config, model, dataset, out, checkpoint):
     Raises FloatingPointError if a loss or a gradient is not finite; last.pt is then from before. Raises OSError if
     a file can't be written.
     """
-    pretraining, teacher = config.task in PRETRAINING, getattr(model, "teacher", None)
-    device, first_process = torch.device(config.device), processes.RANK == 0
+    task, device, first_process = TASKS[config.task], torch.device(config.device), distributed.RANK == 0
     start, seconds = 0, 0.0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         start, seconds = checkpoint["step"], checkpoint["seconds"]
     # With --polyak the average of the weights is what is evaluated and handed on; the raw ones learn.
-    evaluated = copy.deepcopy(model).requires_grad_(False) if config.polyak else model
+    average = copy.deepcopy(model).requires_grad_(False) if config.polyak else None
+    evaluated = model if average is None else average
     if checkpoint and config.polyak:
         model.load_state_dict(checkpoint["raw_model"])
     if config.compile:
-        (model.student if config.task in AUTOENCODERS else model).compile()
-        if teacher is not None:
-            teacher.predict_loss = torch.compile(teacher.predict_loss)
-    wrapped_model = processes.parallel(model, config.fsdp, config.dtype)
-    optimizer = build_optimizer(model, config)
+        compile_model(model)
+    wrapped_model = distributed.wrap_model(model, config.fsdp, config.dtype)
+    decays = (config.weight_decay, config.layer_decay)
+    optimizer = build_optimizer(model, config.optimizer, config.lr[0], *decays, task.betas)
     if checkpoint:
         load_optimizer(optimizer, checkpoint["optimizer"])
         checkpoint.clear()  # its memory is free again
@@ -240,61 +341,74 @@ def train(config, model, dataset, out, checkpoint):
     epoch = len(dataset.train) / config.batch_size  # in steps
     log_every = max(1, min(50, config.steps // 100))
     eval_every = max(math.ceil(epoch), config.steps // EVALUATIONS)
-    steps, here = range(start, config.steps), processes.rows(config.batch_size)
     batches = dataset.train.train_batches(
-        config.img_size, config.batch_size, steps, config.seed, config.crop, device, here
-    )
+        config.img_size, config.batch_size, range(start, config.steps), config.seed, config.crop, device,
+        distributed.shard(config.batch_size),
+    )  # fmt: skip
     log = open(out / "log.jsonl" if first_process else os.devnull, "a", buffering=1)
     pending, saved = [], time.monotonic()
     clock = time.monotonic()
-    with tqdm(
+    bar = tqdm(
         total=config.steps, initial=start, unit="step", dynamic_ncols=True, disable=None if first_process else True
-    ) as bar:
+    )
+    with log, bar:
         for step, (images, targets) in enumerate(batches, start):
-            line = dict(step=step + 1, epoch=(step + 1) / epoch)
-            line["lr"] = learning_rate(step, config.steps, config.lr, config.warmup, config.decay)
-            for group in optimizer.param_groups:
-                group["lr"] = group["scale"] * line["lr"]
-            images, targets = disturb(images, targets, len(dataset.classes), config, step)
-            pending.append(train_step(wrapped_model, optimizer, images, targets, config, step))
-            if teacher is not None:
-                line["alpha"] = hpm.hard_fraction(step, config.steps, *config.alpha)
-                line["momentum"] = hpm.ema_momentum(step / epoch)
-                hpm.ema_update(teacher, model.student, line["momentum"])
-            if config.polyak:  # a short run forgets its start sooner: at step t, m is at most (1 + t) / (10 + t)
-                hpm.ema_update(evaluated, model, min(config.polyak, (1 + step) / (10 + step)))
+            pending.append(
+                train_step(config, dataset, model, wrapped_model, average, optimizer, step, images, targets)
+            )
             bar.update()
-
             done = step + 1
             # A signal may reach one process alone, and clocks differ: all have to do the same at the same step.
-            stopping, due = processes.agree(stop["signal"], time.monotonic() - saved > SAVE_EVERY)
+            stopping, due = distributed.all_reduce_max(stop["signal"], time.monotonic() - saved > SAVE_EVERY)
             evaluating = done % eval_every == 0 or done == config.steps
-            if not (evaluating or stopping or done % log_every == 0):
+            if not (evaluating or stopping or due or done % log_every == 0):
                 continue
-            line |= read(pending, done)
+            now = schedule(config, step, len(dataset.train))
+            line = dict(step=done, epoch=done / epoch, lr=now["lr"])
+            if getattr(model, "teacher", None) is not None:
+                line |= dict(alpha=now["alpha"], momentum=now["momentum"])
+            line |= average_metrics(pending, done)
             elapsed = time.monotonic() - clock
             seconds += elapsed
             line |= dict(seconds=seconds, images_per_second=len(pending) * config.batch_size / elapsed)
             pending.clear()
             bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{line['lr']:.1e}")
             if evaluating:
-                share_unreadable(dataset.train)
-                line |= (evaluate_pretraining if pretraining else evaluate)(evaluated, dataset.test, config)
+                probes.share_unreadable(dataset.train)
+                line |= task.score(config, evaluated, dataset)
             log.write(json.dumps(line) + "\n")
             if evaluating or stopping or due:
-                state = dict(model=evaluated.state_dict(), optimizer=optimizer.state_dict())
-                state |= {"raw_model": model.state_dict()} if config.polyak else {}
-                state = processes.whole(state) | dict(step=done, seconds=seconds, config=vars(config))
-                if first_process:
-                    save(out / "last.pt", state)
-                    plot_curves(out, config)
-                if config.task in AUTOENCODERS:
-                    plot_masks(out, config, model, dataset, line.get("alpha", 0.0))
+                save_checkpoint(config, out, model, average, optimizer, done, seconds)
+                draw_figures(config, out, model, dataset, now["alpha"])
                 saved = time.monotonic()
             if stopping and done < config.steps:
                 return stopping
             clock = time.monotonic()
     return 0
+
+
+def compile_model(model):
+    """torch.compile what runs in a step: a classifier, or the student and the teacher's prediction."""
+    getattr(model, "student", model).compile()
+    if getattr(model, "teacher", None) is not None:
+        model.teacher.predict_loss = torch.compile(model.teacher.predict_loss)
+
+
+def save_checkpoint(config, out, model, average, optimizer, done, seconds):
+    """Write last.pt: all that a run needs to go on. Every process has to call it, for each may hold shards."""
+    state = dict(model=(model if average is None else average).state_dict(), optimizer=optimizer.state_dict())
+    state |= {} if average is None else {"raw_model": model.state_dict()}
+    state = distributed.full_state_dict(state) | dict(step=done, seconds=seconds, config=flags.saved_values(config))
+    if distributed.RANK == 0:
+        run_folder.save(out / "last.pt", state)
+
+
+def draw_figures(config, out, model, dataset, alpha):
+    """curves.png and, for autoencoders, masks.png: people look before they read."""
+    if distributed.RANK == 0:
+        plots.plot_curves(out)
+    if config.task in AUTOENCODERS:
+        plots.plot_masks(out, model, dataset, config.img_size, alpha, config.seed, config.device, config.dtype)
 
 
 def stop_after_this_step():
@@ -329,35 +443,33 @@ def best_learning_rate(config, dataset, out):
     for lr in config.lr:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop_now)
-        trial, folder = argparse.Namespace(**vars(config) | {"lr": lr}), out / f"lr-{lr:g}"
-        if processes.RANK == 0:
+        trial, folder = dataclasses.replace(config, lr=(lr,)), out / f"lr-{lr:g}"
+        if distributed.RANK == 0:
             folder.mkdir(exist_ok=True)
-            start_log(folder, trial, None)
+            run_folder.start_log(folder, flags.saved_values(trial), None)
         torch.manual_seed(config.seed)
         model = build(trial, dataset).to(config.device)
-        probe = linear_probe(model, dataset, trial) if config.task == "linear" else (model, dataset)
+        probe = with_probe(trial, model, dataset)
         try:
             stopped = train(trial, *probe, folder, None)
         except FloatingPointError as error:
-            say(f"learning rate {lr:g}: {error}")
+            distributed.print0(f"learning rate {lr:g}: {error}")
             continue
         if stopped:
             raise Stopped(stopped)
-        scores[lr] = processes.decide(lambda folder=folder: read_log(folder)[-1]["top1"])
-        say(f"learning rate {lr:g}: {scores[lr]:.2f} % top-1 on {len(held_out):,} training images that were held out")
+        scores[lr] = distributed.from_rank0(lambda folder=folder: run_folder.read_log(folder)[-1]["top1"])
+        held = f"on {len(held_out):,} training images that were held out"
+        distributed.print0(f"learning rate {lr:g}: {scores[lr]:.2f} % top-1 {held}")
     if not scores:
         raise FloatingPointError("all learning rates diverge")
     return max(scores, key=scores.get)
 
 
-def load_optimizer(optimizer, saved):
-    """Load the state_dict of an optimizer that may have had other shards, or none."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {
-        i: {name: processes.sharded(v, params[i]) if v.shape == params[i].shape else v for name, v in values.items()}
-        for i, values in saved["state"].items()
-    }
-    optimizer.load_state_dict(saved | {"state": state})
+def with_probe(config, model, dataset):
+    """The model and the data that are trained: for --task linear the probe, and the features if they fit in memory."""
+    if config.task == "linear":
+        return probes.linear_probe(model, dataset, *how_to_evaluate(config))
+    return model, dataset
 
 
 # ---------------------------------------------------------------------------------------------
@@ -365,12 +477,97 @@ def load_optimizer(optimizer, saved):
 # ---------------------------------------------------------------------------------------------
 
 
+def main(argv=None):
+    """Returns the exit code: 0 done, 1 something broke on the way, 2 bad input, 128 + the number of a signal."""
+    given = flags.parse(argv)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop_now)
+    out = None
+    try:
+        config, dataset, out, checkpoint = prepare(given)
+        dataset.train.randaugment = config.randaugment
+        torch.manual_seed(config.seed)
+        torch.set_float32_matmul_precision("high")  # on CUDA: TF32 for what autocast leaves in float32
+        distributed.start(config.device)
+        model = build(config, dataset, resume=checkpoint is not None).to(config.device)
+        out = distributed.from_rank0(lambda: run_folder.claim(out, new=config.out and not (config.resume or config.overwrite)))
+        if len(config.lr) > 1:
+            config = dataclasses.replace(config, lr=(best_learning_rate(config, dataset, out),))
+        params = sum(p.numel() for p in model.parameters())
+        distributed.print0(describe(config, dataset, params))
+        if distributed.RANK == 0:
+            run_folder.start_log(out, flags.saved_values(config), checkpoint)
+        return run(config, dataset, model, out, checkpoint, params)
+    except (ValueError, image_folder.UnreadableImages) as error:
+        complain(error, everywhere=isinstance(error, image_folder.UnreadableImages))
+        return 2
+    except FloatingPointError as error:
+        complain(f"{error}; {kept(out)}; try a lower --lr")
+        return 1
+    except OSError as error:  # a full disk, above all
+        complain(f"{error}; {kept(out)}", everywhere=True)
+        return 1
+    except RuntimeError as error:
+        if not distributed.is_peer_lost(error):
+            raise
+        reason = str(error).splitlines()[0].split(". ")[0]
+        complain(f"another process is gone, see its message ({reason}); {kept(out)}", everywhere=True)
+        return 1
+    except Stopped as stopped:
+        distributed.print0(how_to_go_on(out))
+        return 128 + stopped.args[0]
+
+
+def prepare(given):
+    """What is to be run: Config, data.Dataset, the folder, and the checkpoint to go on from or None."""
+    name = "-".join([given.task or "supervised", given.arch or "vit_b16", given.data or "photos"])
+    if not given.resume:
+        config, dataset = flags.configure(given)
+        return config, dataset, run_folder.new_run(given.out, name, given.overwrite), None
+    out, saved = run_folder.old_run(given.out, name)
+    config = flags.resumed(given, saved, out / "config.json")
+    dataset = flags.load_dataset(config)
+    flags.check_processes(config, dataset)
+    return config, dataset, out, run_folder.load(out)
+
+
+def run(config, dataset, model, out, checkpoint, params):
+    """What follows once everything fits: the exit code."""
+    if config.task in TRAINING_FREE:
+        clock = time.monotonic()
+        scores = TASKS[config.task].score(config, model, dataset)
+        seconds = time.monotonic() - clock
+    else:
+        stopped = train(config, *with_probe(config, model, dataset), out, checkpoint)
+        if stopped:
+            distributed.print0(how_to_go_on(out))
+            return 128 + stopped
+        last = run_folder.read_log(out)[-1] if distributed.RANK == 0 else {}
+        scores = {name: last[name] for name in ("top1", "top5", "test_rec", "test_correlation") if name in last}
+        seconds = last.get("seconds")
+    if distributed.RANK == 0:
+        finish(config, dataset, out, scores, seconds, params)
+    return 0
+
+
+def describe(config, dataset, params):
+    """What is about to happen, in two lines."""
+    size = "x".join(map(str, config.img_size))
+    shared = f" on {distributed.WORLD_SIZE} processes" if distributed.WORLD_SIZE > 1 else ""
+    return (
+        f"{config.task}: {config.arch}, {params / 1e6:.1f}M parameters, on {config.data}: {len(dataset.classes)} "
+        f"classes, {len(dataset.train):,} training and {len(dataset.test):,} test images of {size} pixels\n"
+        f"{config.steps:,} steps of {config.batch_size} images, peak learning rate {config.lr[0]:.2g}, "
+        f"{config.device}, {config.dtype}{shared}"
+    )
+
+
 def finish(config, dataset, out, scores, seconds, params):
     """Write result.json, and print the same in words."""
     images = config.steps * config.batch_size
     result = dict(task=config.task, arch=config.arch, data=config.data, **scores, steps=config.steps)
     result |= dict(seconds=seconds, images_per_second=images / seconds, params=params)
-    write(out / "result.json", json.dumps(result, indent=1) + "\n")
+    run_folder.write(out / "result.json", json.dumps(result, indent=1) + "\n")
     for name, split in (("training", dataset.train), ("test", dataset.test)):
         if split.unreadable:
             print(f"skipped {len(split.unreadable)} of {len(split):,} {name} images that can't be decoded")
@@ -387,21 +584,9 @@ def finish(config, dataset, out, scores, seconds, params):
     print(f"{config.task}: {config.arch} on {config.data} reached {reached}; {effort}; all in {out}")
 
 
-def describe(config, dataset, params):
-    """What is about to happen, in two lines."""
-    size = "x".join(map(str, config.img_size))
-    shared = f" on {processes.COUNT} processes" if processes.COUNT > 1 else ""
-    return (
-        f"{config.task}: {config.arch}, {params / 1e6:.1f}M parameters, on {config.data}: {len(dataset.classes)} "
-        f"classes, {len(dataset.train):,} training and {len(dataset.test):,} test images of {size} pixels\n"
-        f"{config.steps:,} steps of {config.batch_size} images, peak learning rate {config.lr:.2g}, "
-        f"{config.device}, {config.dtype}{shared}"
-    )
-
-
 def complain(text, everywhere=False):
     """Print an error, once on each machine: all processes there meet the same one. everywhere: one process met it."""
-    if everywhere or processes.LOCAL_RANK == 0:
+    if everywhere or distributed.LOCAL_RANK == 0:
         print(f"error: {text}", file=sys.stderr)
 
 
@@ -411,80 +596,6 @@ class Stopped(KeyboardInterrupt):
 
 def stop_now(number, frame):
     raise Stopped(number)
-
-
-def main(argv=None):
-    """Returns the exit code: 0 done, 1 something broke on the way, 2 bad input, 128 + the number of a signal."""
-    given = parse(argv)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop_now)
-    out = None
-    try:
-        if given.resume:
-            out, config = old_run(given)
-            dataset = load_dataset(config)
-            check_processes(config, dataset)
-            checkpoint = load(out)
-        else:
-            config, dataset = configure(given)
-            out, checkpoint = new_run(given), None
-        dataset.train.randaugment = config.randaugment
-        torch.manual_seed(config.seed)
-        torch.set_float32_matmul_precision("high")  # on CUDA: TF32 for what autocast leaves in float32
-        processes.start(config.device)
-        model = build(config, dataset, resume=checkpoint is not None).to(config.device)
-        out = processes.decide(lambda: claim(out, given))
-        if isinstance(config.lr, tuple):
-            config.lr = best_learning_rate(config, dataset, out)
-        params = sum(p.numel() for p in model.parameters())
-        say(describe(config, dataset, params))
-        if processes.RANK == 0:
-            start_log(out, config, checkpoint)
-        return run(config, dataset, model, out, checkpoint, params)
-    except (ValueError, data.UnreadableImages) as error:
-        complain(error, everywhere=isinstance(error, data.UnreadableImages))
-        return 2
-    except FloatingPointError as error:
-        complain(f"{error}; {kept(out)}; try a lower --lr")
-        return 1
-    except OSError as error:  # a full disk, above all
-        complain(f"{error}; {kept(out)}", everywhere=True)
-        return 1
-    except RuntimeError as error:
-        if not processes.is_alone(error):
-            raise
-        reason = str(error).splitlines()[0].split(". ")[0]
-        complain(f"another process is gone, see its message ({reason}); {kept(out)}", everywhere=True)
-        return 1
-    except Stopped as stopped:
-        say(how_to_go_on(out))
-        return 128 + stopped.args[0]
-
-
-def run(config, dataset, model, out, checkpoint, params):
-    """What follows once everything fits: the exit code."""
-    if config.task in FROZEN:
-        clock, classes = time.monotonic(), len(dataset.classes)
-        (features, labels), test = (extract(model, split, config) for split in (dataset.train, dataset.test))
-        if config.task == "knn":
-            scores = {"top1": nearest_neighbours((features, labels), test, classes)}
-        else:
-            few = {n: data.balanced(labels.cpu(), n * classes, config.seed).to(labels.device) for n in SHOTS}
-            scores = {f"top1_{n}shot": few_shot((features[i], labels[i]), test, classes) for n, i in few.items()}
-        seconds = time.monotonic() - clock
-    else:
-        probe = linear_probe(model, dataset, config) if config.task == "linear" else (model, dataset)
-        stopped = train(config, *probe, out, checkpoint)
-        if stopped:
-            say(how_to_go_on(out))
-            return 128 + stopped
-        if processes.RANK == 0:
-            last = read_log(out)[-1]
-            scores = {name: last[name] for name in ("top1", "top5", "test_rec", "test_correlation") if name in last}
-            seconds = last["seconds"]
-    if processes.RANK == 0:
-        finish(config, dataset, out, scores, seconds, params)
-    return 0
 
 
 def kept(out):
@@ -497,11 +608,11 @@ def kept(out):
 def how_to_go_on(out):
     if out is None or not (out / "last.pt").exists():
         return "stopped before anything was saved; start again with the same command"
-    several = f"torchrun --nproc_per_node={processes.LOCAL_COUNT}" if processes.COUNT > 1 else "python"
+    several = f"torchrun --nproc_per_node={distributed.LOCAL_WORLD_SIZE}" if distributed.WORLD_SIZE > 1 else "python"
     return f"stopped; go on with: {several} train.py --resume --out {out}"
 
 
 if __name__ == "__main__":
     code = main()
-    processes.end()
+    distributed.end()
     sys.exit(code)
