@@ -301,3 +301,204 @@ def similarity_loops(pos_embed, grid, prefix=1):
         dot = sum(x * y for x, y in zip(a, b, strict=True))
         out[r, c, s, d] = dot / math.sqrt(sum(x * x for x in a)) / math.sqrt(sum(y * y for y in b))
     return out
+
+
+# ---------------------------------------------------------------------------------------------
+# HPM: masks, of one image; True is hidden
+# ---------------------------------------------------------------------------------------------
+
+
+def count_hidden_loops(patches, ratio):
+    """One patch after the other is kept, as long as no more than N (1 - ratio) are."""
+    kept = 0
+    while kept + 1 <= patches * (1 - ratio):
+        kept += 1
+    return patches - kept
+
+
+def hide_loops(scores, count):
+    """The largest of `scores` (N) is hidden, then the largest of the others, until `count` are."""
+    scores, mask = list(scores), [False] * len(scores)
+    for _ in range(count):
+        largest = max(range(len(scores)), key=lambda i: scores[i])
+        mask[largest], scores[largest] = True, -math.inf
+    return mask
+
+
+def random_mask_loops(noise, ratio):
+    return hide_loops(noise, count_hidden_loops(len(noise), ratio))
+
+
+def rectangle_loops(numbers, grid):
+    """The patches (row, column) of the rectangle that four uniform numbers propose."""
+    (rows, columns), (area, aspect, top, left) = grid, numbers
+    area = max(4.0, (0.08 + (0.25 - 0.08) * area) * rows * columns)
+    aspect = math.exp(math.log(0.3) + (math.log(1 / 0.3) - math.log(0.3)) * aspect)  # log-uniform
+    height, width = min(rows, round(math.sqrt(area * aspect))), min(columns, round(math.sqrt(area / aspect)))
+    top, left = int(top * (rows - height + 1)), int(left * (columns - width + 1))
+    return [(r, c) for r in range(top, top + height) for c in range(left, left + width)]
+
+
+def block_mask_loops(draw, grid, ratio):
+    """Rectangles are laid until they cover enough; of the last one, and of what is missing after 40, noise decides."""
+    hidden, mask = count_hidden_loops(math.prod(grid), ratio), [False] * math.prod(grid)
+    everywhere = [(r, c) for r in range(grid[0]) for c in range(grid[1])]
+    for patches in [rectangle_loops(row[:4], grid) for row in draw[:40]] + [everywhere]:
+        new = [p for p in (r * grid[1] + c for r, c in patches) if not mask[p]]
+        new.sort(key=lambda p: -draw[p][4])
+        for p in new[: hidden - sum(mask)]:
+            mask[p] = True
+    return mask
+
+
+def grid_mask_loops(noise, grid, ratio):
+    """In MAE's figure 6 the top left patch of each 2 x 2 stays: those are hidden last."""
+    last = [r % 2 == 0 and c % 2 == 0 for r in range(grid[0]) for c in range(grid[1])]
+    scores = [value - 1 if is_last else value for value, is_last in zip(noise, last, strict=True)]
+    return hide_loops(scores, count_hidden_loops(len(noise), ratio))
+
+
+def hard_mask_loops(predicted, noise, ratio, fraction):
+    """int(n α_t) patches with the largest predicted loss, the rest by the noise of the others."""
+    hidden = count_hidden_loops(len(noise), ratio)
+    guided = hide_loops(predicted, int(hidden * fraction))
+    return hide_loops([2.0 if is_guided else value for value, is_guided in zip(noise, guided, strict=True)], hidden)
+
+
+# ---------------------------------------------------------------------------------------------
+# HPM: targets 𝒯, of one patch or image, and metrics 𝓜, of one patch
+# ---------------------------------------------------------------------------------------------
+
+
+def normalise_loops(patch):
+    """Mean 0 and variance 1, the unbiased variance (divided by d - 1): the values, the mean, the standard deviation."""
+    mean = sum(patch) / len(patch)
+    variance = sum((x - mean) ** 2 for x in patch) / (len(patch) - 1)
+    std = math.sqrt(variance + 1e-6)
+    return [(x - mean) / std for x in patch], mean, std
+
+
+def hog_loops(image, P, bins=9):
+    """image (C, H, W) -> (N, cells * C * bins): cells of 8 x 8 pixels, or the whole patch where 8 does not divide it."""
+    C, H, W = image.shape
+    cell, features = (P if P % 8 else 8), []
+    for top in range(0, H, P):
+        for left in range(0, W, P):
+            feature = []
+            for cell_top in range(top, top + P, cell):
+                for cell_left in range(left, left + P, cell):
+                    for c in range(C):
+                        votes = [0.0] * bins
+                        for y in range(cell_top, cell_top + cell):
+                            for x in range(cell_left, cell_left + cell):
+                                down = image[c, y + 1, x] - image[c, y - 1, x] if 0 < y < H - 1 else 0.0
+                                along = image[c, y, x + 1] - image[c, y, x - 1] if 0 < x < W - 1 else 0.0
+                                degrees = math.degrees(math.atan2(down, along)) % 180
+                                votes[int(degrees / 180 * bins)] += math.hypot(down, along)
+                        length = math.sqrt(sum(v**2 for v in votes))
+                        feature += [v / length for v in votes]
+            features.append(feature)
+    return np.array(features)
+
+
+def softmax_loops(x):
+    return [math.exp(v) / sum(math.exp(w) for w in x) for v in x]
+
+
+def unit_loops(x):
+    return [v / math.sqrt(sum(w * w for w in x)) for v in x]
+
+
+def metric_loops(p, t, metric):
+    """𝓜 of one patch: prediction p (d), target t (d) -> a number."""
+    pairs = list(zip(p, t, strict=True))
+    if metric == "l2":
+        return sum((a - b) ** 2 for a, b in pairs) / len(p)
+    if metric == "smooth-l1":
+        return sum((a - b) ** 2 / 2 if abs(a - b) < 1 else abs(a - b) - 0.5 for a, b in pairs) / len(p)
+    if metric == "cosine":
+        return sum((a - b) ** 2 for a, b in zip(unit_loops(p), unit_loops(t), strict=True))
+    if metric == "cross-entropy":
+        return -sum(a * math.log(b) for a, b in zip(softmax_loops(t), softmax_loops(p), strict=True))
+    raise KeyError(metric)
+
+
+# ---------------------------------------------------------------------------------------------
+# HPM: the student, f_θ, d_φ and d_ψ, on one image
+# ---------------------------------------------------------------------------------------------
+
+
+def encoder_loops(encoder, image, visible=None):
+    """f_θ of one image (C, H, W), or of its visible patches: (1 + v, D)."""
+    z = embed_loops(image, arrays(encoder), visible)
+    for i, block in enumerate(encoder.blocks):
+        z = block_loops(z, arrays(encoder, f"blocks.{i}."), block.attn.num_heads)
+    return layer_norm_loops(z, *arrays(encoder, "norm.").values()) if arrays(encoder, "norm.") else z
+
+
+def decoder_loops(decoder, z, last):
+    """d_φ or d_ψ of tokens z (T, d): the outputs (last, outputs) of the last tokens."""
+    for i, block in enumerate(decoder.blocks):
+        z = block_loops(z, arrays(decoder, f"blocks.{i}."), block.attn.num_heads)
+    z = layer_norm_loops(z[len(z) - last :], *arrays(decoder, "norm.").values())
+    return linear_loops(z, *arrays(decoder, "pred.").values())
+
+
+def decoder_tokens_loops(student, latent, visible, hidden):
+    """Class token, visible patches, mask tokens, each with its position: latent (1 + v, D) -> (1 + v + n, d)."""
+    embedded = linear_loops(latent, *arrays(student, "decoder_embed.").values())
+    positions, mask_token = student.decoder_pos_embed[0].numpy(), student.mask_token.detach().numpy()[0, 0]
+    prefix = len(positions) - math.prod(student.encoder.grid)
+    tokens = [embedded[i] + positions[i] for i in range(prefix)]
+    tokens += [embedded[prefix + i] + positions[prefix + place] for i, place in enumerate(visible)]
+    return np.array(tokens + [mask_token + positions[prefix + place] for place in hidden])
+
+
+def student_loops(student, image, visible, hidden):
+    """Prediction (n, outputs) and predicted loss (n) of the hidden patches of one image, from its visible ones.
+
+    Without hidden patches both are answered for all others: the teacher's question about the whole image.
+    """
+    latent = encoder_loops(student.encoder, image, visible)
+    z, last = decoder_tokens_loops(student, latent, visible, hidden), len(hidden or visible)
+    prediction = None if student.decoder is None else decoder_loops(student.decoder, z, last)
+    return prediction, decoder_loops(student.loss_predictor, z, last)[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------
+# HPM: L_pred, and its gradient, of a batch: predicted, true (B, n)
+# ---------------------------------------------------------------------------------------------
+
+
+def absolute_loops(predicted, true):
+    """Mean squared error against true losses with mean 0 and variance 1 within each image."""
+    loss, gradient, (B, n) = 0.0, np.zeros(predicted.shape), predicted.shape
+    for b in range(B):
+        standardised, _, _ = normalise_loops(list(true[b]))
+        for i in range(n):
+            loss += (predicted[b, i] - standardised[i]) ** 2 / (B * n)
+            gradient[b, i] = 2 * (predicted[b, i] - standardised[i]) / (B * n)
+    return loss, gradient
+
+
+def log_sigmoid(x):
+    return min(x, 0) - math.log1p(math.exp(-abs(x)))
+
+
+def relative_loops(predicted, true):
+    """Both sums over ordered pairs i ≠ j, over the number of pairs with 1⁺ or 1⁻.
+
+    d/dx log σ(x) = 1 - σ(x) and d/dx log(1 - σ(x)) = -σ(x), with x = L̂_i - L̂_j.
+    """
+    loss, pairs, gradient, (B, n) = 0.0, 0, np.zeros(predicted.shape), predicted.shape
+    for b in range(B):
+        for i in range(n):
+            for j in range(n):
+                x = predicted[b, i] - predicted[b, j]
+                plus, minus = int(true[b, i] > true[b, j]), int(true[b, i] < true[b, j])
+                loss -= plus * log_sigmoid(x) + minus * log_sigmoid(-x)  # 1 - σ(x) = σ(-x)
+                slope = -plus * math.exp(log_sigmoid(-x)) + minus * math.exp(log_sigmoid(x))
+                gradient[b, i] += slope
+                gradient[b, j] -= slope
+                pairs += plus + minus
+    return loss / max(pairs, 1), gradient / max(pairs, 1)
