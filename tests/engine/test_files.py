@@ -3,12 +3,10 @@
 import contextlib
 import gzip
 import hashlib
-import http.server
 import multiprocessing
 import os
 import random
 import signal
-import threading
 import time
 import zipfile
 from pathlib import Path
@@ -18,6 +16,7 @@ import pytest
 import torch
 
 from engine import files
+from tests.engine.site import serve
 
 fork = multiprocessing.get_context("fork")  # what a DataLoader's workers are, too
 
@@ -285,48 +284,20 @@ def test_what_is_no_folder_is_an_error_and_not_waited_for(tmp_path):
 CONTENT = bytes(range(256)) * 8192  # 2 MiB
 MD5, SHA256 = (f"{kind}:{hashlib.new(kind, CONTENT).hexdigest()}" for kind in ("md5", "sha256"))
 
-
-class Site:
-    """A server on this machine. answers: what it does at each request, the last one again and again; asked: how often.
-
-    "whole", "cut" (it hangs up in the middle), "slow" (after a while), "missing", "gzip" (packed if the client likes)
-    """
-
-    def __init__(self):
-        self.content, self.answers, self.asked = CONTENT, ["whole"], 0
-        site = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                answer = site.answers[min(site.asked, len(site.answers) - 1)]
-                site.asked += 1
-                if answer == "missing":
-                    return self.send_error(404)
-                if answer == "slow":
-                    time.sleep(0.3)
-                packed = answer == "gzip" and "gzip" in self.headers.get("Accept-Encoding", "")
-                self.send_response(200)
-                if packed:
-                    self.send_header("Content-Encoding", "gzip")
-                self.send_header("Content-Length", str(len(site.content)))
-                self.end_headers()
-                self.wfile.write(site.content[: 700_000 if answer == "cut" else None])
-
-            def log_message(self, *_):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/file.bin"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+PACKED = gzip.compress(CONTENT)
 
 
 @pytest.fixture
 def site(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    site = Site()
-    yield site
-    site.server.shutdown()
-    site.server.server_close()
+    with serve() as site:
+        site.pages["/file.bin"] = CONTENT
+        yield site
+
+
+@pytest.fixture
+def url(site):
+    return f"{site.url}/file.bin"
 
 
 @pytest.fixture
@@ -335,51 +306,51 @@ def path(tmp_path):
 
 
 @pytest.mark.parametrize("checksum", [MD5, SHA256, SHA256[:15], None])
-def test_a_file_is_downloaded_once_with_a_progress_bar(checksum, site, path, capfd):
+def test_a_file_is_downloaded_once_with_a_progress_bar(checksum, site, url, path, capfd):
     for _ in range(2):
-        assert files.download(site.url, path, checksum) == path
+        assert files.download(url, path, checksum) == path
         assert path.read_bytes() == CONTENT
-    assert site.asked == 1
+    assert site.asked == ["/file.bin"]
     assert names(path.parent) == ["file.bin"]
     err = capfd.readouterr().err
-    assert f"downloading {site.url}" in err
+    assert f"downloading {url}" in err
     assert "100%" in err
 
 
 @pytest.mark.parametrize("checksum", [MD5, SHA256, SHA256[:15]])
-def test_a_file_with_another_checksum_is_refused_and_not_kept(checksum, site, path):
+def test_a_file_with_another_checksum_is_refused_and_not_kept(checksum, site, url, path):
     """One bit is enough. Next time the right one may come."""
-    site.content = CONTENT[:-1] + bytes([CONTENT[-1] ^ 1])
+    site.pages["/file.bin"] = CONTENT[:-1] + bytes([CONTENT[-1] ^ 1])
     with pytest.raises(ValueError, match=rf"checksum \w+:\w+, not {checksum}; not kept"):
-        files.download(site.url, path, checksum)
+        files.download(url, path, checksum)
     assert names(path.parent) == []
-    site.content = CONTENT
-    assert files.download(site.url, path, checksum).read_bytes() == CONTENT
+    site.pages["/file.bin"] = CONTENT
+    assert files.download(url, path, checksum).read_bytes() == CONTENT
 
 
-def test_a_file_of_the_wrong_kind_is_refused_and_not_kept(site, path):
+def test_a_file_of_the_wrong_kind_is_refused_and_not_kept(site, url, path):
     def check(part):
         assert part.read_bytes() == CONTENT
         assert not path.exists(), "another process would take it"
         raise ValueError("a web page")
 
     with pytest.raises(ValueError, match="a web page"):
-        files.download(site.url, path, check=check)
+        files.download(url, path, check=check)
     assert names(path.parent) == []
 
 
 @pytest.mark.parametrize("checksum", [MD5, None], ids=["checksum", "no checksum"])
-def test_half_a_download_is_noticed_and_not_kept(checksum, site, path):
+def test_half_a_download_is_noticed_and_not_kept(checksum, site, url, path):
     """By its length too: without a checksum nobody could tell later."""
     site.answers = ["cut", "whole"]
-    with pytest.raises(OSError, match=r"^IncompleteRead\(700000 bytes read, 1397152 more expected\)$"):
-        files.download(site.url, path, checksum)
+    with pytest.raises(OSError, match=r"^IncompleteRead\(1048576 bytes read, 1048576 more expected\)$"):
+        files.download(url, path, checksum)
     assert names(path.parent) == []
-    assert files.download(site.url, path, checksum).read_bytes() == CONTENT
+    assert files.download(url, path, checksum).read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize(
-    ("url", "match"),
+    ("address", "match"),
     [
         (None, "^404 Client Error: Not Found"),
         ("http://127.0.0.1:9/file.bin", "Connection refused$"),  # the port `discard`: nobody listens
@@ -387,40 +358,40 @@ def test_half_a_download_is_noticed_and_not_kept(checksum, site, path):
     ],
     ids=["404", "closed", "no such host"],
 )
-def test_a_network_that_fails_is_one_short_line(url, match, site, path):
+def test_a_network_that_fails_is_one_short_line(address, match, site, url, path):
     """The cause alone, not what the layers of a library say of each other."""
     site.answers = ["missing"]
     with pytest.raises(OSError, match=match) as error:
-        files.download(url or site.url, path)
+        files.download(address or url, path)
     assert "\n" not in str(error.value)
     assert " object at 0x" not in str(error.value)
     assert names(path.parent) == []
 
 
-def test_a_packed_file_stays_packed(site, path):
+def test_a_packed_file_stays_packed(site, url, path):
     """Some servers call a .gz file a packed transfer of what is in it; unpacked, it would be another file."""
-    site.content, site.answers = gzip.compress(CONTENT), ["gzip"]
-    assert files.download(site.url, path).read_bytes() == site.content
+    site.pages["/file.bin"], site.answers = PACKED, ["gzip"]
+    assert files.download(url, path).read_bytes() == PACKED
 
 
-def test_what_a_killed_download_left_is_removed(site, path):
+def test_what_a_killed_download_left_is_removed(site, url, path):
     """That of this file alone."""
     path.parent.mkdir()
     for name in ("file.bin.123.part", "file.bin2.123.part", "file.bin.txt"):
         (path.parent / name).write_bytes(b"half")
-    files.download(site.url, path)
+    files.download(url, path)
     assert names(path.parent) == ["file.bin", "file.bin.txt", "file.bin2.123.part"]
     assert path.read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("answers", [["slow"], ["missing", "slow"]], ids=["well", "the first fails"])
-def test_of_several_processes_one_downloads_and_the_others_wait(answers, site, path):
+def test_of_several_processes_one_downloads_and_the_others_wait(answers, site, url, path):
     """As those that torchrun starts, which all want the data at the same moment."""
     site.answers, start = answers, fork.Barrier(4)
 
     def want():
         start.wait(60)
-        files.download(site.url, path, MD5)
+        files.download(url, path, MD5)
         assert path.read_bytes() == CONTENT
 
     everyone = [fork.Process(target=want) for _ in range(4)]
@@ -429,5 +400,5 @@ def test_of_several_processes_one_downloads_and_the_others_wait(answers, site, p
     for process in everyone:
         process.join(60)
     assert sorted(process.exitcode for process in everyone) == [0, 0, 0, len(answers) - 1]
-    assert site.asked == len(answers)
+    assert site.asked == ["/file.bin"] * len(answers)
     assert names(path.parent) == ["file.bin"]
