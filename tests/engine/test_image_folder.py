@@ -1,0 +1,683 @@
+"""What engine/image_folder.py promises: which file comes when, what is made of it, and an error that helps.
+
+Files are written by hand or by Pillow. Images that are compared with what Pillow makes of them may differ by rounding,
+one level of 255; a JPEG's by what the compression costs.
+"""
+
+import io
+import math
+import os
+import random
+import statistics
+import struct
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from engine import image_folder
+from tests.engine.pictures import (
+    CPU,
+    JUST_BELOW_1,
+    PLAIN,
+    flat,
+    photograph,
+    pixels,
+    refusal,
+    same,
+    save_image,
+    skimage_folder,
+    uniform,
+)
+from tests.oracles import equal
+
+# ---------------------------------------------------------------------------------------------
+# The data set
+# ---------------------------------------------------------------------------------------------
+
+
+def folder_with(path, *images):
+    for image in images:
+        save_image(Image.new("RGB", (8, 8)), path / image)
+
+
+def test_a_folder_is_a_data_set_with_the_classes_of_train(tmp_path, monkeypatch):
+    """PATH may start with ~."""
+    folder_with(tmp_path / "pets", "train/dog/1.png", "train/cat/1.png", "train/cat/2.png", "val/cat/3.png")
+    folder_with(tmp_path / "pets", "val/dog/3.png")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in (f"folder:{tmp_path}/pets", "folder:~/pets"):
+        pets = data.load(name)
+        assert pets.classes == ["cat", "dog"]
+        assert (len(pets.train), len(pets.test)) == (3, 2)
+        assert pets.train.labels.tolist() == [0, 0, 1]
+        assert (pets.name, pets.mean, pets.std) == ("folder", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def test_a_folder_without_train_or_val_is_refused(tmp_path):
+    with refusal(tmp_path / "train", "PATH/train/CLASS", "PATH/val/CLASS"):
+        data.load(f"folder:{tmp_path}")
+    folder_with(tmp_path, "train/cat/1.png")
+    with refusal(tmp_path / "val", "PATH/val/CLASS"):
+        data.load(f"folder:{tmp_path}")
+
+
+def test_a_folder_without_classes_is_refused(tmp_path):
+    folder_with(tmp_path, "train/1.png", "val/1.png")
+    with refusal(tmp_path / "train", "class"):
+        data.load(f"folder:{tmp_path}")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_class_without_an_image_is_refused(split, tmp_path):
+    folder_with(tmp_path, "train/cat/1.png", "val/cat/1.png")
+    dog = tmp_path / split / "dog"
+    dog.mkdir()
+    (dog / "dog.txt").write_text("no image")
+    with refusal("no image", dog, ".png"):
+        data.load(f"folder:{tmp_path}")
+
+
+@pytest.mark.parametrize(("train", "val", "odd"), [("cat dog", "cat dgo", "dgo"), ("ant cat", "cat", "ant")])
+def test_classes_that_differ_between_train_and_val_are_refused(train, val, odd, tmp_path):
+    """By name: else a label would mean one class in training and another in the test."""
+    folder_with(tmp_path, *(f"train/{name}/1.png" for name in train.split()))
+    folder_with(tmp_path, *(f"val/{name}/1.png" for name in val.split()))
+    with refusal(tmp_path, f"{odd} is only in {'val' if odd in val.split() else 'train'}"):
+        data.load(f"folder:{tmp_path}")
+
+
+# ---------------------------------------------------------------------------------------------
+# Order
+# ---------------------------------------------------------------------------------------------
+
+
+def folder_of(images, path):
+    """A folder of these images (n, 3, H, W), each in a class of its own: image i has the label i."""
+    for i, image in enumerate(images):
+        save_image(photograph(image), path / f"{i:02}" / "image.png")
+    return image_folder.Folder(path, *PLAIN)
+
+
+def test_shards_of_a_folder_together_equal_the_whole_batch(tmp_path):
+    """R processes that see B / R images each train and test as one that sees B.
+
+    Seven images: batches of six run across epochs, and no R divides the set.
+    """
+    split, B = folder_of(pixels(7, 3, 12, 10), tmp_path), 6
+
+    def train(shard=slice(None)):
+        return list(split.train_batches((8, 6), B, range(3), 0, (0.2, 1.0), CPU, shard))
+
+    whole = train()
+    assert [images.shape for images, _ in whole] == [(B, 3, 8, 6)] * 3
+    for shard in (slice(0, 3), slice(3, 6), slice(1, None, 3)):
+        assert same(train(shard), [(images[shard], labels[shard]) for images, labels in whole]), shard
+    tested = [list(split.test_batches((12, 10), 3, CPU, slice(r, None, 2))) for r in range(2)]
+    assert [[labels.tolist() for _, labels in batches] for batches in tested] == [[[0, 2, 4], [6]], [[1, 3, 5]]]
+
+
+def test_a_resumed_run_sees_a_folder_as_an_uninterrupted_one(tmp_path):
+    """And another seed sees something else. Global random numbers play no part."""
+    split = folder_of(pixels(7, 3, 12, 10), tmp_path)
+
+    def batches(steps, seed=0):
+        return list(split.train_batches((12, 10), 6, steps, seed, (0.2, 1.0), CPU))
+
+    torch.manual_seed(0)
+    through = batches(range(5))
+    torch.manual_seed(1)
+    assert same(batches(range(3, 5)), through[3:])
+    labels = [labels.tolist() for _, labels in through]
+    assert labels == [data.batch_indices(7, 6, step, 0).tolist() for step in range(5)]
+    assert not same(batches(range(2), seed=1), through[:2])
+
+
+def test_a_folder_and_images_in_memory_crop_alike(tmp_path):
+    """The same boxes and flips from the same seed. Ramps are resized alike but for the level that a byte is rounded to.
+
+    Red grows by the row, green by the column, so that colours tell the place; the border is where they may differ.
+    """
+    ramp = torch.zeros(2, 3, 100, 120, dtype=torch.uint8)
+    ramp[:, 0], ramp[:, 1] = torch.arange(100)[:, None] * 2, torch.arange(120) * 2
+    ramp[1, 2] = 200
+    in_memory, on_disk = data.InMemory(ramp, torch.arange(2), *PLAIN), folder_of(ramp, tmp_path)
+    arguments = ((40, 50), 30, range(2), 0, (0.3, 0.6), CPU)
+    for (a, b), (c, d) in zip(in_memory.train_batches(*arguments), on_disk.train_batches(*arguments), strict=True):
+        assert b.tolist() == d.tolist()
+        equal(a[..., 3:-3, 3:-3], c[..., 3:-3, 3:-3].numpy(), "another box or flip", atol=1.5)
+
+
+def test_a_part_of_a_folder_keeps_files_and_labels_together(tmp_path):
+    """And leaves the whole as it was, with what is unreadable noted apart."""
+    split = folder_of(flat(10), tmp_path)
+    part = split.subset(6, seed=0)
+    assert (len(part), len(split)) == (6, 10)
+    (seen, labels), *_ = part.test_batches((8, 8), 10, CPU)
+    assert labels.tolist() == data.balanced(torch.arange(10), 6, seed=0).tolist()
+    assert (seen.round() == 20 * labels[:, None, None, None]).all(), "another image's label"
+    part.unreadable["a"] = "broken"
+    assert not split.unreadable
+
+
+def test_a_folder_is_tested_in_order_each_file_once(tmp_path):
+    """Also with batches that do not divide it; normalised by its own mean and standard deviation."""
+    split = folder_of(flat(10), tmp_path)
+    split.mean, split.std = (10 / 255, 0.0, 0.0), (2 / 255, 1 / 255, 1 / 255)
+    batches = list(split.test_batches((6, 6), 4, CPU))
+    assert [labels.tolist() for _, labels in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    images, labels = (torch.cat(values) for values in zip(*batches, strict=True))
+    equal(images[:, 0, 0, 0], (20 * labels - 10) / 2, atol=1e-4)
+    equal(images[:, 2, 5, 5], 20 * labels, atol=1e-4)
+
+
+def test_classes_and_files_of_a_folder_come_sorted(tmp_path):
+    """Images of any size and suffix share a batch; what is no image by its name is left out."""
+    for i, name in enumerate(("wolf/b.JPG", "cat/1.png", "wolf/a.jpeg", "ape/x.tiff", "ape/x.bmp", "cat/0.webp")):
+        image = Image.new("RGB", (20 + 9 * i, 50 - 7 * i), (40 * i, 0, 0))
+        save_image(image, tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
+    (tmp_path / "cat" / "notes.txt").write_text("no image")
+    (tmp_path / "notes.txt").write_text("no class")
+    split = image_folder.Folder(tmp_path, *PLAIN)
+    assert split.classes == ["ape", "cat", "wolf"]
+    (images, labels), *_ = split.test_batches((8, 8), 9, CPU)
+    assert labels.tolist() == [0, 0, 1, 1, 2, 2]
+    equal(images[:, 0].mean(dim=(1, 2)), [160, 120, 200, 40, 80, 0], atol=2)  # x.bmp x.tiff 0.webp 1.png a.jpeg b.JPG
+
+
+def test_reading_a_folder_leaves_the_global_random_numbers_alone(tmp_path):
+    folder_with(tmp_path, "ant/1.png")
+    before = torch.get_rng_state()
+    list(image_folder.Folder(tmp_path, *PLAIN).test_batches((8, 8), 8, CPU))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_large_batch_is_decoded_in_parts(tmp_path, monkeypatch):
+    """And is the same batch: 11 of its 12 images in requests of 4, 4 and 3."""
+    for i, picture in enumerate(pixels(12, 3, 24, 20)):
+        save_image(photograph(picture), tmp_path / "ant" / f"{i}.png")
+    batches = []
+    for request in (64, 4):
+        monkeypatch.setattr(image_folder, "REQUEST", request)
+        split = image_folder.Folder(tmp_path, *PLAIN)
+        batches.append(list(split.train_batches((16, 16), 12, range(3), 0, (0.2, 1.0), CPU, slice(1, None))))
+    assert [len(labels) for _, labels in batches[1]] == [11, 11, 11]
+    assert same(*batches)
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "expected"), [(8, None, 8), (8, "2", 4), (8, "3", 2), (1, "4", 1), (200, None, 32)]
+)
+def test_cores_are_shared_by_the_processes_of_a_machine(cores, processes, expected, monkeypatch):
+    """torchrun says how many there are. At most 32 decode, at least one."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    assert image_folder.workers() == expected
+
+
+# ---------------------------------------------------------------------------------------------
+# From a file to an image
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "size", "rows", "columns"),
+    [
+        (48, 32, (28, 28), slice(2, 30), slice(10, 38)),
+        (32, 48, (28, 28), slice(10, 38), slice(2, 30)),
+        (48, 16, (14, 28), slice(1, 15), slice(10, 38)),
+        (20, 32, (28, 14), slice(2, 30), slice(3, 17)),
+    ],
+)
+def test_the_test_crop_is_the_middle_seven_eighths(width, height, size, rows, columns, tmp_path):
+    """224 of 256, as for ImageNet. Sizes for which no pixel needs to be resized: the crop is a slice."""
+    image = pixels(3, height, width)
+    file = save_image(photograph(image), tmp_path / "image.png")
+    ours = image_folder.read_image(file, size, None, None)
+    assert ours.dtype == torch.uint8
+    equal(ours, image[:, rows, columns].numpy(), "7/8 of the side that fits less often? centred?")
+
+
+def test_shrinking_averages_what_a_pixel_covers(tmp_path):
+    """A ramp stays a ramp; stripes one pixel wide become grey instead of a pattern that was not there."""
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    image[0], image[1] = torch.arange(64) * 4, torch.arange(64) % 2 * 255
+    ours = image_folder.read_image(
+        save_image(photograph(image), tmp_path / "image.png"), (14, 14), None, None
+    ).numpy()  # by 4
+    ramp = [4 * (4 + (j + 0.5) * 4 - 0.5) for j in range(14)]
+    np.testing.assert_allclose(ours[0], [ramp] * 14, atol=1)
+    np.testing.assert_allclose(ours[1], np.full((14, 14), 127.5), atol=12)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_training_crop_takes_its_box_from_the_draw(flip, tmp_path):
+    """A quarter of the area, aspect 1, at a quarter and a half of the room: a slice. Below a half it is mirrored."""
+    image = pixels(3, 32, 32)
+    file, draw = save_image(photograph(image), tmp_path / "image.png"), [0.49 if flip else 0.5, 0.3, 0.5, 0.25, 0.5]
+    piece = image[:, 4:20, 8:24].numpy()
+    ours = image_folder.read_image(file, (16, 16), (0.25, 0.25), draw)
+    equal(ours, piece[..., ::-1] if flip else piece, atol=1)
+
+
+COLOURS = {
+    "grey": ("L", 77, (77, 77, 77), {}),
+    "grey with alpha": ("LA", (77, 0), (77, 77, 77), {}),
+    "1 bit, white": ("1", 1, (255, 255, 255), {}),
+    "1 bit, black": ("1", 0, (0, 0, 0), {}),
+    "16-bit grey, white": ("I;16", 65535, (255, 255, 255), {}),
+    "16-bit grey, middle": ("I;16", 32768, (128, 128, 128), {}),
+    "16-bit grey, darkest": ("I;16", 255, (0, 0, 0), {}),
+    "RGB": ("RGB", (10, 20, 30), (10, 20, 30), {}),
+    "transparent": ("RGBA", (10, 20, 30, 0), (10, 20, 30), {}),
+    "palette": ("P", 2, (70, 80, 90), {}),
+    "palette, transparent entry": ("P", 2, (70, 80, 90), {"transparency": 2}),
+    "palette, alpha for each entry": ("P", 2, (70, 80, 90), {"transparency": bytes([255, 9, 128])}),
+    "CMYK": ("CMYK", (51, 102, 0, 85), (136, 102, 170), {}),  # (255 - C) (255 - K) / 255
+}
+
+
+@pytest.mark.parametrize("kind", COLOURS)
+def test_every_kind_of_colour_becomes_8_bit_rgb(kind, tmp_path):
+    """Of 16 bits the upper 8 are kept, transparency is dropped."""
+    mode, colour, rgb, options = COLOURS[kind]
+    image = Image.new(mode, (9, 9), colour)
+    if mode == "P":
+        image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    suffix = "tiff" if mode == "CMYK" else "png"
+    file = save_image(image, tmp_path / f"image.{suffix}", **options)
+    with Image.open(file) as stored:
+        assert stored.mode[0] == mode[0], "the file is of another kind than the test needs"
+    ours = image_folder.read_image(file, (8, 8), None, None)
+    assert ours.dtype == torch.uint8
+    equal(ours, np.broadcast_to(np.array(rgb)[:, None, None], (3, 8, 8)), atol=1 if mode == "CMYK" else 0)
+
+
+# EXIF 2.3, tag 274: where the first row and the first column of the stored image are in the picture.
+ORIENTATIONS = {
+    1: ("top", "left"),
+    2: ("top", "right"),
+    3: ("bottom", "right"),
+    4: ("bottom", "left"),
+    5: ("left", "top"),
+    6: ("right", "top"),
+    7: ("right", "bottom"),
+    8: ("left", "bottom"),
+}
+
+
+def stored_loops(picture, orientation):
+    """picture (H, W, 3) as a camera stores it that was held this way."""
+    row_0, column_0 = ORIENTATIONS[orientation]
+    H, W, _ = picture.shape
+    turned = row_0 in ("left", "right")  # a stored row is a column of the picture
+    stored = np.zeros((W, H, 3) if turned else (H, W, 3), np.uint8)
+    for r, c, k in np.ndindex(stored.shape):
+        down, across = (c, r) if turned else (r, c)
+        y = H - 1 - down if "bottom" in (row_0, column_0) else down
+        x = W - 1 - across if "right" in (row_0, column_0) else across
+        stored[r, c, k] = picture[y, x, k]
+    return stored
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tiff"])
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_an_image_is_turned_as_its_exif_orientation_says(orientation, suffix, tmp_path):
+    """A wide picture of 4 x 6 colours, each 40 x 40 pixels; the test crop and a training crop, whole and partial."""
+    picture = pixels(4, 6, 3).numpy()
+    exif = Image.Exif()
+    exif[274] = orientation
+    stored = stored_loops(picture, orientation).repeat(40, axis=0).repeat(40, axis=1)
+    file = save_image(Image.fromarray(stored), tmp_path / f"turned.{suffix}", exif=exif, quality=95)
+    upright = Image.fromarray(picture.repeat(40, axis=0).repeat(40, axis=1))  # 240 x 160
+    for crop, draw, box in (
+        (None, None, (15, 10, 225, 150)),
+        ((1.0, 1.0), [0.9, 0.5, 0.5, 0.5, 0.5], (22.02, 0, 217.98, 160)),  # 196 x 196 is too high
+        ((0.25, 0.25), [0.9, 0.5, 0.5, 0.0, 1.0], (142.02, 0, 240, 97.98)),
+    ):
+        oracle = np.asarray(upright.resize((30, 20), Image.Resampling.BICUBIC, box)).transpose(2, 0, 1)
+        ours = image_folder.read_image(file, (20, 30), crop, draw).numpy()
+        difference = np.abs(ours - oracle.astype(float)).mean()
+        assert difference < (3 if suffix == "jpg" else 0.1), f"turned or squeezed, box {box}"
+
+
+@pytest.mark.parametrize("orientation", [0, 9])
+def test_an_exif_orientation_that_does_not_exist_changes_nothing(orientation, tmp_path):
+    exif, image = Image.Exif(), photograph(pixels(3, 16, 32))
+    exif[274] = orientation
+    odd, plain = save_image(image, tmp_path / "odd.png", exif=exif), save_image(image, tmp_path / "plain.png")
+    assert torch.equal(
+        image_folder.read_image(odd, (8, 8), None, None), image_folder.read_image(plain, (8, 8), None, None)
+    )
+
+
+@pytest.mark.parametrize("side", [32, 100, 220, 400])
+@pytest.mark.parametrize("crop", [None, (0.1, 0.1)])
+def test_a_jpeg_decoded_at_a_fraction_looks_as_decoded_in_full(side, crop, tmp_path):
+    """Decoding at 1/2, 1/4 or 1/8 is only right as long as the crop has more pixels than the result."""
+    with Image.open(skimage_folder() / "astronaut.png") as image:  # 512 x 512
+        file = save_image(image.convert("RGB"), tmp_path / "image.jpg", quality=95)
+    box = (32, 32, 480, 480)
+    if crop:
+        room = 512 - 512 * math.sqrt(0.1)
+        box = (0.3 * room, 0.1 * room, 512 - 0.7 * room, 512 - 0.9 * room)
+    with Image.open(file) as image:
+        oracle = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box)).transpose(2, 0, 1)
+    ours = image_folder.read_image(file, (side, side), crop, [0.9, 0.5, 0.5, 0.1, 0.3]).numpy()
+    assert np.abs(ours - oracle.astype(float)).mean() < 3
+
+
+@pytest.mark.parametrize("size", [(1, 1), (300, 1), (1, 300)])
+def test_a_very_narrow_image_can_be_cropped(size, tmp_path):
+    file = save_image(Image.new("RGB", size, (10, 20, 30)), tmp_path / "image.png")
+    for crop, draw in ((None, None), ((0.08, 1.0), [0.9, 0.0, JUST_BELOW_1, JUST_BELOW_1, 0.0])):
+        ours = image_folder.read_image(file, (4, 6), crop, draw)
+        equal(ours, np.broadcast_to([[[10]], [[20]], [[30]]], (3, 4, 6)))
+
+
+@pytest.mark.parametrize(("side", "share"), [(32, 7 / 8), (224, 7 / 8), (256, 1.0)])
+def test_above_224_pixels_a_test_sees_all_of_the_short_side(side, share, tmp_path):
+    """As in MAE's code for fine-tuning at a higher resolution."""
+    file = save_image(photograph(pixels(3, 40, 30)), tmp_path / "ant" / "1.png")
+    split = image_folder.Folder(tmp_path, *PLAIN)
+    [(image, _)] = split.test_batches((side, side), 1, CPU)
+    assert torch.equal(image[0].byte(), image_folder.read_image(file, (side, side), None, None, crop_pct=share))
+
+
+# ---------------------------------------------------------------------------------------------
+# RandAugment
+# ---------------------------------------------------------------------------------------------
+
+
+def test_randaugment_applies_two_operations_each_with_probability_one_half(monkeypatch):
+    """RandAugment (Cubuk et al. 2020) with the strength N(9, 1/2) of 10, cut to 0-10; both signs alike."""
+    calls = []
+    spies = [
+        lambda image, s, sign, k=k: calls.append((k, s, sign)) or image for k in range(len(image_folder.OPERATIONS))
+    ]
+    monkeypatch.setattr(image_folder, "OPERATIONS", spies)
+    rng, image, counts = random.Random(0), Image.new("RGB", (4, 4)), []
+    for _ in range(4000):
+        before = len(calls)
+        assert image_folder.randaugment(image, 9.0, rng) is image
+        counts.append(len(calls) - before)
+    for count, share in ((0, 1 / 4), (1, 1 / 2), (2, 1 / 4)):
+        assert counts.count(count) / 4000 == pytest.approx(share, abs=0.03)
+    which, strength, sign = np.array(calls).T
+    assert np.bincount(which.astype(int), minlength=len(spies)) == pytest.approx(len(calls) / len(spies), rel=0.25)
+    assert strength.max() == 1
+    assert np.median(strength) == pytest.approx(0.9, abs=0.005)
+    assert np.percentile(strength, 16) == pytest.approx(0.85, abs=0.005)  # one standard deviation below
+    assert set(sign) == {-1, 1}
+    assert sign.mean() == pytest.approx(0, abs=0.05)
+
+
+def test_randaugment_is_a_function_of_the_draw_in_training_only(tmp_path):
+    """So that a resumed run, and a process that holds part of a batch, see the same."""
+    file, draws = save_image(photograph(pixels(3, 20, 24)), tmp_path / "image.png"), uniform(20, 5).tolist()
+    first = [image_folder.read_image(file, (16, 16), (0.2, 1.0), draw, 9.0) for draw in draws]
+    random.seed(0)
+    again = [image_folder.read_image(file, (16, 16), (0.2, 1.0), draw, 9.0) for draw in draws]
+    plain = [image_folder.read_image(file, (16, 16), (0.2, 1.0), draw) for draw in draws]
+    assert all(map(torch.equal, first, again))
+    assert {(image.dtype, image.shape) for image in first} == {(torch.uint8, (3, 16, 16))}
+    assert 10 <= sum(not torch.equal(a, b) for a, b in zip(first, plain, strict=True)) < 20
+    tested = [image_folder.read_image(file, (16, 16), None, None, magnitude) for magnitude in (0.0, 9.0)]
+    assert torch.equal(*tested)
+
+
+def test_a_folder_hands_its_randaugment_to_training_images(tmp_path):
+    """Without a crop, as a linear probe trains, they are the test's."""
+    split = folder_of(pixels(1, 3, 20, 24), tmp_path)
+    split.randaugment, file, draws = 9.0, tmp_path / "00" / "image.png", uniform(8, 5).tolist()
+    for draw in draws:
+        image, label, failure = split[0, (16, 16), (0.2, 1.0), draw]
+        assert torch.equal(image, image_folder.read_image(file, (16, 16), (0.2, 1.0), draw, magnitude=9.0))
+        assert (label, failure) == (0, None)
+    assert torch.equal(split[0, (16, 16), None, draws[0]][0], image_folder.read_image(file, (16, 16), None, None))
+
+
+def luma(pixel):
+    return (0.299 * pixel[..., 0] + 0.587 * pixel[..., 1] + 0.114 * pixel[..., 2])[..., None]
+
+
+def sharper(i, factor):
+    """Away from an image smoothed by [[1, 1, 1], [1, 5, 1], [1, 1, 1]] / 13; the border stays."""
+    smooth = i.copy()
+    for y, x in np.ndindex(i.shape[0] - 2, i.shape[1] - 2):
+        smooth[y + 1, x + 1] = (i[y : y + 3, x : x + 3].sum(axis=(0, 1)) + 4 * i[y + 1, x + 1]) / 13
+    return smooth + factor * (i - smooth)
+
+
+COLOUR_OPERATIONS = {  # place in OPERATIONS, strength, sign, and the operation by hand
+    "autocontrast": (0, 0.5, 1, lambda i: (i - i.min((0, 1))) * 255 / (i.max((0, 1)) - i.min((0, 1)))),
+    "invert": (2, 0.5, 1, lambda i: 255 - i),
+    "posterize to 4 bits": (3, 0.0, 1, lambda i: i // 16 * 16),
+    "posterize to 2 bits": (3, 0.5, 1, lambda i: i // 64 * 64),
+    "posterize to 1 bit": (3, 1.0, 1, lambda i: i // 128 * 128),
+    "solarize the upper half": (4, 0.5, 1, lambda i: np.where(i >= 128, 255 - i, i)),
+    "more colour": (5, 0.5, 1, lambda i: luma(i) + 1.45 * (i - luma(i))),
+    "less colour": (5, 1.0, -1, lambda i: luma(i) + 0.1 * (i - luma(i))),
+    "more contrast": (6, 0.5, 1, lambda i: luma(i).mean() + 1.45 * (i - luma(i).mean())),
+    "less contrast": (6, 1.0, -1, lambda i: luma(i).mean() + 0.1 * (i - luma(i).mean())),
+    "brighter": (7, 0.5, 1, lambda i: 1.45 * i),
+    "darker": (7, 1.0, -1, lambda i: 0.1 * i),
+    "solarize add": (14, 0.5, 1, lambda i: np.where(i < 128, i + 55, i)),
+    "sharper": (8, 0.5, 1, lambda i: sharper(i, 1.45)),
+    "smoother": (8, 1.0, -1, lambda i: sharper(i, 0.1)),
+}
+
+
+@pytest.mark.parametrize("name", COLOUR_OPERATIONS)
+def test_colour_operations_of_randaugment_are_as_by_hand(name):
+    k, strength, sign, by_hand = COLOUR_OPERATIONS[name]
+    image = pixels(10, 20, 3) // 2 + 40
+    ours = image_folder.OPERATIONS[k](Image.fromarray(image.numpy()), strength, sign)
+    equal(torch.from_numpy(np.array(ours)), by_hand(image.numpy().astype(float)).clip(0, 255), atol=2)
+
+
+def test_equalize_makes_every_level_as_frequent_as_the_others():
+    dark = Image.fromarray((uniform(64, 64, 3).numpy() ** 2 * 200).astype(np.uint8))
+    for level in np.asarray(image_folder.OPERATIONS[1](dark, 0.5, 1)).reshape(-1, 3).T:
+        np.testing.assert_allclose(np.sort(level), np.linspace(0, 255, 64 * 64), atol=20)
+
+
+def turned(x, y, angle, W=24, H=16):
+    """Where a picture that is turned around its middle, against the clock, has the point (x, y) from."""
+    x, y, a = x - W / 2, y - H / 2, math.radians(angle)
+    return math.cos(a) * x - math.sin(a) * y + W / 2, math.sin(a) * x + math.cos(a) * y + H / 2
+
+
+MOVES = {  # place in OPERATIONS, and where the point (x, y) of 24 x 16 pixels comes from; t: the strength with its sign
+    "rotate by up to 30 degrees": (9, lambda x, y, t: turned(x, y, 30 * t)),
+    "shear rows by up to 0.3": (10, lambda x, y, t: (x + 0.3 * t * y, y)),
+    "shear columns by up to 0.3": (11, lambda x, y, t: (x, y + 0.3 * t * x)),
+    "shift by up to 0.45 of the width": (12, lambda x, y, t: (x + 0.45 * t * 24, y)),
+    "shift by up to 0.45 of the height": (13, lambda x, y, t: (x, y + 0.45 * t * 16)),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+@pytest.mark.parametrize(("strength", "sign"), [(1.0, 1), (1.0, -1), (0.5, 1)])
+def test_moves_of_randaugment_take_pixels_from_the_right_place(name, strength, sign):
+    """Red grows by the column, green by the row, so that colours tell the place. What comes
+    from outside is ImageNet's mean."""
+    k, source = MOVES[name]
+    image, outside = np.zeros((16, 24, 3), np.uint8), 0
+    image[..., 0], image[..., 1] = np.arange(24) * 10, np.arange(16)[:, None] * 10
+    ours = np.asarray(image_folder.OPERATIONS[k](Image.fromarray(image), strength, sign)).astype(float)
+    for i, j in np.ndindex(16, 24):
+        x, y = source(j + 0.5, i + 0.5, strength * sign)  # pixel centres
+        if 2 < x < 22 and 2 < y < 14:
+            assert ours[i, j] == pytest.approx([10 * (x - 0.5), 10 * (y - 0.5), 0], abs=2.5), (i, j)
+        elif not (-0.1 < x < 24.1 and -0.1 < y < 16.1):
+            assert tuple(ours[i, j]) == (124, 116, 104), (i, j)
+            outside += 1
+    assert outside > 0, "the test leaves no border"
+
+
+@pytest.mark.parametrize("k", range(4, 14))
+def test_operations_of_randaugment_at_strength_0_change_nothing(k):
+    image = Image.fromarray(pixels(10, 20, 3).numpy())
+    for sign in (-1, 1):
+        assert (np.asarray(image_folder.OPERATIONS[k](image, 0.0, sign)) == np.asarray(image)).all()
+
+
+# ---------------------------------------------------------------------------------------------
+# Images that can't be decoded
+# ---------------------------------------------------------------------------------------------
+
+
+def broken(kind, path):
+    """Write a file that has the name of an image but can't be decoded."""
+    if kind == "truncated":
+        file = save_image(photograph(pixels(3, 64, 64)), path.with_suffix(".jpg"))
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    elif kind == "corrupt":
+        file = save_image(photograph(pixels(3, 64, 64)), path.with_suffix(".png"))
+        content = bytearray(file.read_bytes())
+        content[100:200] = bytes(100)
+        file.write_bytes(content)
+    else:
+        file = path.with_suffix(".png" if kind == "empty" else ".jpg")
+        file.write_bytes(b"" if kind == "empty" else b"This is a text.\n")
+    return file
+
+
+def coloured_folder(path, n):
+    """n images in four classes; class c has the colour 50 (c + 1)."""
+    for i in range(n):
+        save_image(Image.new("RGB", (8, 8), (50 * (i % 4 + 1),) * 3), path / "abcd"[i % 4] / f"{i:03}.png")
+
+
+@pytest.mark.parametrize("kind", ["truncated", "corrupt", "empty", "text"])
+def test_an_unreadable_image_is_skipped_with_one_warning(kind, tmp_path, capfd):
+    """In training another of its batch stands in, with its label; in a test its label is -1, so that nobody counts it.
+
+    One of twenty, exactly 5 %, is not yet too many, however often it is met.
+    """
+    coloured_folder(tmp_path, 20)
+    (tmp_path / "b" / "005.png").unlink()
+    bad = str(broken(kind, tmp_path / "b" / "005"))
+    split = image_folder.Folder(tmp_path, *PLAIN)
+    place = split.files.tolist().index(os.fsencode(bad))
+    expected = [0] * 5 + [1] * 5 + [2] * 5 + [3] * 5
+
+    batches = list(split.test_batches((4, 4), 8, CPU))
+    images, labels = (torch.cat(values) for values in zip(*batches, strict=True))
+    assert labels.tolist() == expected[:place] + [-1] + expected[place + 1 :]
+    equal(images[:, 0, 0, 0], [0 if i == place else 50 * (label + 1) for i, label in enumerate(expected)], atol=1e-3)
+
+    for step, (images, labels) in enumerate(split.train_batches((4, 4), 10, range(6), 0, (0.2, 1.0), CPU)):
+        equal(images, (50 * (labels[:, None, None, None] + 1)).expand(-1, 3, 4, 4).numpy(), "another's label", 1e-3)
+        order = data.batch_indices(20, 10, step, 0).tolist()
+        for index, label in zip(order, labels.tolist(), strict=True):
+            assert label in [expected[i] for i in order] if index == place else label == expected[index]
+
+    assert list(split.unreadable) == [bad]
+    warnings = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
+    assert len(warnings) == 1, warnings
+    assert bad in warnings[0]
+    assert split.unreadable[bad] in warnings[0]
+
+
+def test_more_than_five_percent_of_unreadable_images_are_refused(tmp_path, capfd):
+    """40 images: 2 are let pass, 3 are not."""
+    coloured_folder(tmp_path, 38)
+    bad = [str(broken("empty", tmp_path / "a" / f"bad{i}")) for i in range(2)]
+    split = image_folder.Folder(tmp_path, *PLAIN)
+    assert len(list(split.test_batches((4, 4), 8, CPU))) == 5
+    assert sorted(split.unreadable) == bad
+    (tmp_path / "a" / "000.png").write_bytes(b"")
+    for run in ("test", "train"):
+        split = image_folder.Folder(tmp_path, *PLAIN)
+        with refusal("3 of 40", "5 %", tmp_path, error=image_folder.UnreadableImages):
+            if run == "test":
+                list(split.test_batches((4, 4), 8, CPU))
+            else:
+                list(split.train_batches((4, 4), 8, range(10), 0, (0.2, 1.0), CPU))
+        assert len(split.unreadable) == 3
+    assert issubclass(image_folder.UnreadableImages, ValueError)
+    capfd.readouterr()
+
+
+def test_a_training_batch_never_has_the_label_minus_1(tmp_path, capfd):
+    """A batch of one, as a process among many may hold: nothing can stand in, and -1 would fail far from the cause."""
+    coloured_folder(tmp_path, 20)
+    (tmp_path / "b" / "005.png").write_bytes(b"")
+    split = image_folder.Folder(tmp_path, *PLAIN)
+    with refusal("no image of a batch", tmp_path / "b" / "005.png", error=image_folder.UnreadableImages):
+        for _, labels in split.train_batches((4, 4), 1, range(20), 0, (0.2, 1.0), CPU):
+            assert labels.min() >= 0
+    capfd.readouterr()
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [10_000, 60_000])
+def test_an_image_that_claims_an_absurd_size_is_refused(side, tmp_path):
+    """A PNG of 100 bytes whose header says 100 million pixels, or 3.6 billion."""
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(content, "PNG")
+    png = bytearray(content.getvalue())
+    png[16:24] = struct.pack(">II", side, side)  # width and height in the first chunk, IHDR, and its CRC
+    png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
+    file = tmp_path / "big.png"
+    file.write_bytes(png)
+    with pytest.raises((ValueError, Image.DecompressionBombError), match=f"{side}x{side}|{side**2} pixels"):
+        image_folder.read_image(file, (8, 8), None, None)
+    folder_with(tmp_path / "data", *(f"ant/{i}.png" for i in range(19)))
+    file.rename(tmp_path / "data" / "ant" / "big.png")
+    split = image_folder.Folder(tmp_path / "data", *PLAIN)
+    list(split.test_batches((8, 8), 8, CPU))
+    assert [Path(name).name for name in split.unreadable] == ["big.png"]
+    assert "pixels" in split.unreadable[str(tmp_path / "data" / "ant" / "big.png")]
+
+
+# ---------------------------------------------------------------------------------------------
+# Speed
+# ---------------------------------------------------------------------------------------------
+
+
+def seconds(work):
+    """Processor time: another program on this machine does not count."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("crop", [None, (0.2, 1.0)])
+def test_speed_of_decoding_is_that_of_pillow_or_better(crop, one_thread, tmp_path):
+    """JPEGs of 500 x 375 to 224 x 224, against Pillow's open, convert and resize of the whole image."""
+    with Image.open(skimage_folder() / "coffee.png") as image:
+        image = image.convert("RGB").resize((500, 375))
+    files = [save_image(image.rotate(i), tmp_path / f"{i}.jpg", quality=90) for i in range(20)]
+    draws = uniform(20, 5).tolist()
+
+    def pillow():
+        for file in files:
+            with Image.open(file) as image:
+                image.convert("RGB").resize((224, 224))
+
+    def ours():
+        for file, draw in zip(files, draws, strict=True):
+            image_folder.read_image(file, (224, 224), crop, draw)
+
+    times = [(seconds(pillow), seconds(ours)) for _ in range(21)]  # one after the other: both meet the same noise
+    theirs, mine = (statistics.median(column) for column in zip(*times, strict=True))
+    assert theirs / mine >= 0.9, f"{mine / 20 * 1e3:.2f} ms an image, Pillow {theirs / 20 * 1e3:.2f} ms"
