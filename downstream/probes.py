@@ -1,120 +1,150 @@
-"""What a model is worth: scores, transfer by frozen features, figures.
+"""What a model is worth: its scores, and what a simple method makes of its frozen features.
 
     evaluate               loss and accuracy of a classifier
-    evaluate_pretraining   reconstruction loss of a masked autoencoder, and whether HPM knows its own
-    extract, …             frozen features, for the linear probe, for nearest neighbours, for few examples a class
-    plot_curves, …         curves.png and masks.png of a run
+    evaluate_pretraining   reconstruction loss of masked images, and whether HPM knows its own
+    extract                frozen features, for
+    nearest_neighbours     a vote of the most similar training images (DINO)
+    few_shot               least squares from a few examples of each class (ViT)
+    LinearProbe            a linear classifier, trained (MAE)
 
-`config` is the configuration of a run, see recipes.py: task, device, dtype, img_size, micro_batch, seed and so on. Of
-several processes, see processes.py, each takes its share of the images.
+    evaluate(model, dataset.test, (224, 224), 64, "cuda")
+
+Of several processes, see engine/distributed.py, each takes its shard of the images, and all get the same answer. A
+model is left in the mode, training or evaluation, in which it came.
 """
 
-import json
+import contextlib
+import itertools
 import math
 import os
 
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
 import data
 import hpm
-import processes
-import vit
+from engine import distributed
 
 # ---------------------------------------------------------------------------------------------
 # Scores
 # ---------------------------------------------------------------------------------------------
 
 
-def autocast(config):
-    return torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16")
+def autocast(device, dtype):
+    """Matrix products in bfloat16 if `dtype` says so; weights stay in float32."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 @torch.inference_mode()
-def evaluate(model, split, config):
-    """Scores over a split, every image once: loss, top-1 and, above 10 classes, top-5 accuracy in %."""
-    total = torch.zeros(4, device=config.device)  # images, loss, top-1, top-5
-    for images, labels in test_batches(model, split, config):
-        with autocast(config):
-            logits = model(images).float()
-        read = labels >= 0  # -1 marks an image that could not be decoded
-        hits = (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]) & read[:, None]  # (b, 5)
-        loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
-        total += torch.stack([read.sum(), loss, hits[:, 0].sum(), hits.sum()])
-    n, loss, top1, top5 = processes.total(total).tolist()
-    scores = {"test_loss": loss / n, "top1": 100 * top1 / n, "top5": 100 * top5 / n}
-    return scores if logits.shape[1] > 10 else {k: v for k, v in scores.items() if k != "top5"}
+def evaluate(model, split, img_size, batch_size, device, dtype="float32"):
+    """Scores over a split, every image once: loss, top-1 and, above 10 classes, top-5 accuracy in %.
 
-
-@torch.inference_mode()
-def evaluate_pretraining(model, split, config):
-    """Reconstruction loss, and rank correlation of predicted and true loss, under random masks that stay the same.
-
-    Image i of the split is row i % COUNT of those that the processes hold at a time: all draw masks for these together.
+    model: images (B, C, H, W) -> logits (B, classes). split: with the `test_batches` of data.InMemory, asked for
+    images of img_size = (H, W). dtype: "float32" or "bfloat16".
     """
-    generator = data.generator(config.seed, data.MASK, config.steps, device=config.device)
-    total, left = torch.zeros(3, device=config.device), len(split)  # images, rec, correlation
-    for images, _ in test_batches(model, split, config):
-        with autocast(config):
-            together = min(processes.COUNT * config.micro_batch, left)
-            left -= together
-            here = slice(processes.RANK, together, processes.COUNT)
-            out = model(images, generator=generator, batch=together, here=here)
-        total += len(images) * torch.stack(
-            [torch.ones_like(out["rec"]), out["rec"], out.get("correlation", out["rec"])]
-        )
-    n, rec, correlation = processes.total(total).tolist()
+    sums = torch.zeros(4, device=device)  # images, loss, top-1, top-5
+    for images, labels in test_batches(model, split, img_size, batch_size, device):
+        with autocast(device, dtype):
+            logits = model(images).float()
+        counts = labels >= 0
+        hits = (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]) & counts[:, None]  # (b, 5)
+        loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
+        sums += torch.stack([counts.sum(), loss, hits[:, 0].sum(), hits.sum()])
+    n, loss, top1, top5 = distributed.all_reduce_sum(sums).tolist()
+    scores = {"test_loss": loss / n, "top1": 100 * top1 / n}
+    return scores | {"top5": 100 * top5 / n} if logits.shape[1] > 10 else scores
+
+
+@torch.inference_mode()
+def evaluate_pretraining(model, split, img_size, batch_size, device, dtype="float32", seed=0):
+    """Reconstruction loss "test_rec" and, if the model predicts it, "test_correlation", Spearman's, of the two.
+
+    model: an `hpm.HPM` (MAE, too) or `mpp.MPP`. Whatever masks it trains with, here they are random: a function of the
+    seed and the image alone, so that runs of any length and kind are compared on the same ones.
+    """
+    masked = isinstance(model, hpm.HPM)
+    N = math.prod((model.student if masked else model).encoder.grid)
+    columns = 1 if masked else model.noise_columns  # of numbers for each patch; a random mask takes one
+    noise = data.evaluation_noise(len(split), N * columns, seed)[distributed.test_shard()].split(batch_size)
+    noise = itertools.chain(noise, itertools.repeat(noise[-1]))  # for a batch that `test_batches` makes once more
+    sums = torch.zeros(3, device=device)  # images, rec, correlation
+    for (images, labels), rows in zip(test_batches(model, split, img_size, batch_size, device), noise, strict=False):
+        rows = data.to_device(rows, device)  # (b, N * columns)
+        with autocast(device, dtype):
+            if masked:
+                out = model(images, None, mask=hpm.random_mask(rows, model.mask_ratio))
+            else:
+                out = model(images, rows.unflatten(1, (N, columns)))
+        count = (labels >= 0).sum()
+        sums += count * torch.stack([torch.ones_like(out["rec"]), out["rec"], out.get("correlation", out["rec"])])
+    n, rec, correlation = distributed.all_reduce_sum(sums).tolist()
     return {"test_rec": rec / n} | ({"test_correlation": correlation / n} if "correlation" in out else {})
 
 
-def test_batches(model, split, config):
-    """The batches of a split that are this process's, the model in evaluation mode while they last."""
+@contextlib.contextmanager
+def evaluating(model):
+    """`with evaluating(model):` without dropout and the like; afterwards as it was."""
+    training = model.training
     model.eval()
-    device, mine = torch.device(config.device), 0
-    for batch in split.test_batches(config.img_size, config.micro_batch, device, processes.every()):
-        mine += 1
-        yield batch
-    if isinstance(model, FSDPModule):  # a forward pass needs the shards of all processes: some have to make one more
-        most = math.ceil(math.ceil(len(split) / processes.COUNT) / config.micro_batch)
-        for _ in range(most - mine):
-            with autocast(config):
-                model(batch[0])
-    model.train()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def test_batches(model, split, img_size, batch_size, device):
+    """The batches of this process's shard of a split, with the model in evaluation mode while they last.
+
+    The label -1 marks an image that does not count: one that could not be decoded, and all of a batch that comes once
+    more because another process has one more.
+    """
+    own = 0
+    with evaluating(model):
+        for images, labels in split.test_batches(img_size, batch_size, torch.device(device), distributed.test_shard()):
+            own += 1
+            yield images, labels
+        if isinstance(model, FSDPModule):  # a forward pass needs the shards of all processes
+            largest = math.ceil(len(split) / distributed.WORLD_SIZE)  # images of a process
+            for _ in range(math.ceil(largest / batch_size) - own):
+                yield images, torch.full_like(labels, -1)
     share_unreadable(split)
 
 
 def share_unreadable(split):
     """Let each process know which images of a split others could not decode; raises UnreadableImages for too many."""
-    if unreadable := processes.union(split.unreadable):
+    if unreadable := distributed.gather_dicts(split.unreadable):
         split.skip(unreadable)
 
 
 # ---------------------------------------------------------------------------------------------
-# Transfer by frozen features
+# Frozen features
 # ---------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def extract(model, split, config):
-    """The frozen representation of every image that can be read, on all processes: features (n, D), labels (n,)."""
+def extract(model, split, img_size, batch_size, device, dtype="float32"):
+    """The frozen representation of every image that can be read, on all processes: features (n, D), labels (n,).
+
+    In the order of the split. model: images (B, C, H, W) -> features (B, D).
+    """
     features, labels = [], []
-    for images, targets in test_batches(model, split, config):
-        with autocast(config):
+    for images, targets in test_batches(model, split, img_size, batch_size, device):
+        with autocast(device, dtype):
             features.append(model(images).float())
         labels.append(targets)
     features, labels = torch.cat(features), torch.cat(labels)
-    missing = math.ceil(len(split) / processes.COUNT) - len(labels)  # filled up with the label of what can't be read
+    # As many on each process: one image more that does not count, or less of those that came once more.
+    missing = math.ceil(len(split) / distributed.WORLD_SIZE) - len(labels)
     features, labels = F.pad(features, (0, 0, 0, missing)), F.pad(labels, (0, missing), value=-1)
-    features, labels = (processes.gather(v).transpose(0, 1).flatten(0, 1) for v in (features, labels))  # in order
+    features, labels = (distributed.all_gather(v).transpose(0, 1).flatten(0, 1) for v in (features, labels))
     return features[labels >= 0], labels[labels >= 0]
 
 
 @torch.inference_mode()
 def nearest_neighbours(train, test, classes, k=20, temperature=0.07):
-    """Top-1 accuracy in % of a weighted vote of the k most similar training images (DINO, section 4.1).
+    """Top-1 accuracy in % of a weighted vote of the k most similar training images (DINO, section 4.1; its code's k).
 
     train, test: features (n, D) and labels (n,). A neighbour votes with exp(cosine similarity / temperature).
     """
@@ -133,12 +163,13 @@ def few_shot(train, test, classes, ridge=2.0**10):
     """Top-1 accuracy in % of regularised least squares from features to {-1, 1}^K (ViT, section 4.1).
 
     train, test: features (n, D) and labels (n,). W = argmin ||Z W - Y||² + ridge ||W||², Z the features with mean 0
-    and deviation 1 over `train`, and a constant beside them for the bias; so large, 100, that it is hardly regularised.
-    This constant and the ridge are the authors'. W = Zᵀ (Z Zᵀ + ridge I)⁻¹ Y, exactly: a system of n equations.
+    and standard deviation 1 over `train`, and a constant beside them for the bias: 100, so large that it is hardly
+    regularised. That and the ridge are those of the authors' code, big_vision's fewshot_lsr.py.
+    W = Zᵀ (Z Zᵀ + ridge I)⁻¹ Y, exactly: a system of n equations.
     """
     (x, labels), (queries, truth) = ((features.double(), labels) for features, labels in (train, test))
-    mean, deviation = x.mean(dim=0), x.std(dim=0, correction=0) + 1e-5
-    Z, queries = (F.pad((v - mean) / deviation, (0, 1), value=100.0) for v in (x, queries))  # (n, D + 1)
+    mean, std = x.mean(dim=0), x.std(dim=0, correction=0) + 1e-5
+    Z, queries = (F.pad((v - mean) / std, (0, 1), value=100.0) for v in (x, queries))  # (n, D + 1)
     Y = 2.0 * F.one_hot(labels, classes).double() - 1  # (n, K)
     gram = Z @ Z.T + ridge * torch.eye(len(Z), dtype=Z.dtype, device=Z.device)
     W = Z.T @ torch.linalg.solve(gram, Y)  # (D + 1, K)
@@ -146,7 +177,10 @@ def few_shot(train, test, classes, ridge=2.0**10):
 
 
 class LinearProbe(nn.Module):
-    """A frozen encoder, BatchNorm without parameters, a linear layer: only the last one learns (MAE, appendix A.1)."""
+    """A frozen encoder, BatchNorm without parameters, a linear layer: only the last one learns (MAE, appendix A.1).
+
+    images (B, C, H, W) -> logits (B, classes); dim: the width of what the encoder gives.
+    """
 
     def __init__(self, encoder, dim, classes):
         super().__init__()
@@ -157,109 +191,33 @@ class LinearProbe(nn.Module):
 
     def forward(self, images):
         with torch.no_grad():
-            y = self.frozen[0](images).float()
+            y = self.frozen[0](images).float()  # (B, dim)
             if self.training:  # with the mean and the variance of what all processes see
-                y = self.norm(processes.gather(y).flatten(0, 1))[processes.rows(processes.COUNT * len(y))]
+                everyone = self.norm(distributed.all_gather(y).flatten(0, 1))
+                y = everyone[distributed.shard(len(everyone))]
             else:
                 y = self.norm(y)
         return self.head(y)
 
 
-def linear_probe(encoder, dataset, config):
+def linear_probe(encoder, dataset, img_size, batch_size, device, dtype="float32"):
     """The probe and its data: the features, computed once, if they fit in a quarter of the device's free memory (they
     are there twice while they come together), else the images."""
-    dim = encoder.dim
-    if config.device == "cuda":
-        free = torch.cuda.mem_get_info()[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / processes.LOCAL_COUNT
-    if processes.agree(4 * dim * len(dataset.train) > free / 4)[0]:
-        return LinearProbe(encoder, dim, len(dataset.classes)).to(config.device), dataset
-    train, test = (data.Features(*extract(encoder, split, config)) for split in (dataset.train, dataset.test))
-    dataset = dataset._replace(train=train, test=test)
-    return LinearProbe(nn.Identity(), dim, len(dataset.classes)).to(config.device), dataset
+    dim, classes = encoder.dim, len(dataset.classes)
+    too_large = 4 * dim * len(dataset.train) > free_memory(device) / 4
+    if distributed.all_reduce_max(too_large)[0]:
+        return LinearProbe(encoder, dim, classes).to(device), dataset
+    how = img_size, batch_size, device, dtype
+    train, test = (data.Features(*extract(encoder, split, *how)) for split in (dataset.train, dataset.test))
+    return LinearProbe(nn.Identity(), dim, classes).to(device), dataset._replace(train=train, test=test)
 
 
-# ---------------------------------------------------------------------------------------------
-# Figures
-# ---------------------------------------------------------------------------------------------
-
-CURVES = {  # axis: what is drawn there, training first
-    "cross-entropy (nats)": (("loss", "training"), ("test_loss", "test")),
-    "accuracy (%)": (("top1", "top-1"), ("top5", "top-5")),
-    "reconstruction loss": (("rec", "training"), ("test_rec", "test, random masks")),
-    "rank correlation of predicted and true loss": (
-        ("correlation", "training"),
-        ("test_correlation", "test, random masks"),
-    ),
-}
-
-
-def plot_curves(out, config):
-    """Draw log.jsonl into curves.png."""
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    titles = list(CURVES)[2:] if "rec" in log[-1] else list(CURVES)[:2]
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    for axes, title in zip(figure.subplots(1, 2), titles, strict=True):
-        for (name, label), color in zip(CURVES[title], ("#0072B2", "#D55E00"), strict=True):
-            points = [(line["step"], line[name]) for line in log if name in line]
-            if points:
-                axes.plot(*zip(*points, strict=True), ".-" if len(points) < 30 else "-", color=color, label=label)
-                axes.legend(frameon=False)
-        axes.set_xlabel("step")
-        axes.set_ylabel(title)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
-    figure.savefig(out / "curves.png", dpi=120)
-
-
-@torch.inference_mode()
-def plot_masks(out, config, model, dataset, alpha):
-    """Draw masks.png: test images, the teacher's predicted loss, the mask drawn from it, the reconstruction."""
-    split, generator = dataset.test, data.generator(config.seed, data.MASK, 0, device=config.device)
-    rows = range(0, len(split), math.ceil(len(split) / 6))
-    images, _ = next(
-        split.test_batches(
-            config.img_size, len(rows), torch.device(config.device), slice(rows.start, rows.stop, rows.step)
-        )
-    )
-    model.eval()
-    with autocast(config):
-        seen = model(images, alpha, generator)
-    model.train()
-    if processes.RANK:  # shards of the model come from all processes, the figure from the first
-        return
-    patch_size, grid = model.student.encoder.patch_size, model.student.encoder.grid
-    patches = vit.patchify(images, patch_size)  # (b, N, P*P*C)
-    hidden = seen["hidden"][..., None].expand(-1, -1, patches.shape[-1])  # (b, n, P*P*C)
-    columns = {"image": images}
-    if seen["teacher_loss"] is not None:
-        columns["predicted loss"] = images
-    columns["mask"] = vit.unpatchify(patches.scatter(1, hidden, 0.0), patch_size, grid)
-    if config.target in ("pixels", "norm-pixels"):
-        prediction, title = seen["prediction"].float(), "reconstruction"
-        if config.target == "norm-pixels":
-            _, mean, deviation = hpm.normalise_patches(patches.gather(1, hidden))
-            prediction, title = (
-                prediction * deviation + mean,
-                "reconstruction, with the true\nmean and deviation of each patch",
-            )
-        columns[title] = vit.unpatchify(patches.scatter(1, hidden, prediction), patch_size, grid)
-
-    figure = Figure(figsize=(2 * len(columns), 2 * len(images)), layout="constrained")
-    axes = figure.subplots(len(images), len(columns), squeeze=False)
-    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (dataset.mean, dataset.std))
-    for column, (title, pictures) in enumerate(columns.items()):
-        axes[0, column].set_title(title, fontsize=9)
-        for row, picture in enumerate(pictures.float().cpu()):
-            panel, pixels = axes[row, column], (picture * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
-            panel.axis("off")
-            if title == "predicted loss":
-                panel.imshow(pixels.mean(axis=-1), cmap="gray", vmin=0, vmax=1)
-                heat = seen["teacher_loss"][row].float().reshape(grid).cpu().numpy()
-                panel.imshow(
-                    heat, cmap="viridis", alpha=0.65, extent=(-0.5, pixels.shape[1] - 0.5, pixels.shape[0] - 0.5, -0.5)
-                )
-            else:
-                panel.imshow(pixels, cmap="gray", vmin=0, vmax=1)
-    figure.savefig(out / "masks.png", dpi=100)
+def free_memory(device):
+    """Bytes that this process may take of the device."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):  # Windows and macOS do not say
+        free = 2**32
+    return free / distributed.LOCAL_WORLD_SIZE

@@ -4,158 +4,131 @@
     last.pt         the newest checkpoint               previous.pt    the one before it
     result.json     the scores, once the run is done    *.png          figures
 
-A run may be killed at any moment, between any two lines below, and go on with --resume: a file is written under another
-name and renamed when it is whole, and a checkpoint is kept until the next one is there.
+A run may be killed at any moment, between any two lines below, and go on with --resume: a file gets its name when it
+is whole (see files.py), and a checkpoint is kept until the next one is there.
 """
 
-import argparse
 import json
-import os
 import sys
-import zipfile
 from itertools import count, takewhile
 from pathlib import Path
 
 import torch
 
-try:
-    import fcntl
-except ImportError:  # Windows: nothing there keeps two runs apart
-    fcntl = None
+from engine import files
 
-MAY_CHANGE = ("device", "dtype", "compile", "data_dir", "fsdp", "checkpointing")  # when a run goes on
+KEPT = ("last.pt", "previous.pt", "result.json")  # whatever has one of them is a run that nobody replaces by mistake
 
 
-def default_folders(given):
-    """runs/TASK-ARCH-DATA, then the same with -2, -3, …"""
-    name = "-".join([given.task or "supervised", given.arch or "vit_b16", given.data or "photos"])
+def default_folders(name):
+    """runs/NAME, then the same with -2, -3, …; name: TASK-ARCH-DATA."""
     name = name.replace(":", "-").replace("/", "_")
     return (Path("runs", f"{name}-{i}" if i > 1 else name) for i in count(1))
 
 
-def new_run(given):
-    """The folder of a new run. Raises ValueError if that would replace another one."""
-    if given.out is None:
-        return next(folder for folder in default_folders(given) if not folder.exists())
-    nearest = next(path for path in (Path(given.out), *Path(given.out).absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise ValueError(f"--out {given.out} can't be a folder, for {nearest} is a file; give another one")
-    if not given.overwrite and any(
-        Path(given.out, name).exists() for name in ("last.pt", "previous.pt", "result.json")
-    ):
-        raise ValueError(
-            f"{given.out} holds a run; --resume continues it, --overwrite replaces it, another --out keeps it"
-        )
-    return Path(given.out)
+def new_run(out, name, overwrite=False):
+    """The folder of a new run: `out`, or if that is None the first of runs/NAME, runs/NAME-2, … that is not there.
 
-
-def old_run(given):
-    """The folder and the configuration of the run to resume.
-
-    Raises ValueError if there is none, or if a flag that was given contradicts it.
+    Raises ValueError if it would replace another run, unless overwrite says so.
     """
-    if given.out is None:
-        there = list(takewhile(Path.exists, default_folders(given)))
-        out = there[-1] if there else next(default_folders(given))
-    else:
-        out = Path(given.out)
-    if not (out / "config.json").exists():
-        raise ValueError(f"nothing to resume: no {out / 'config.json'}; check --out, or leave --resume out to start")
+    if out is None:
+        return next(folder for folder in default_folders(name) if not folder.exists())
+    nearest = next(path for path in (Path(out), *Path(out).absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"--out {out} can't be a folder, for {nearest} is a file; give another one")
+    if not overwrite:
+        check_free(Path(out))
+    return Path(out)
+
+
+def check_free(out):
+    """Raise ValueError if a folder holds a run."""
+    if any((out / name).exists() for name in KEPT):
+        raise ValueError(f"{out} holds a run; --resume continues it, --overwrite replaces it, another --out keeps it")
+
+
+def old_run(out, name):
+    """The folder of the run to resume, and what its config.json says: Path, dict.
+
+    out None: the last of runs/NAME, runs/NAME-2, …. Raises ValueError if there is no run, or a damaged config.json.
+    """
+    if out is None:
+        there = list(takewhile(Path.exists, default_folders(name)))
+        out = there[-1] if there else next(default_folders(name))
+    path = Path(out, "config.json")
+    if not path.exists():
+        raise ValueError(f"nothing to resume: no {path}; check --out, or leave --resume out to start")
     try:
-        saved = json.loads((out / "config.json").read_text())
+        return Path(out), json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{out / 'config.json'} is damaged ({error}); start anew with --overwrite") from None
-    missing = vars(given).keys() - set(saved) - {"out", "overwrite", "resume"}
-    if missing:
-        raise ValueError(f"{out / 'config.json'} says nothing of {min(missing)}: another version wrote it; start anew")
-    saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-    for name, value in vars(given).items():
-        if name in saved and value not in (None, saved[name]):
-            if name not in MAY_CHANGE:
-                flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"--resume: the run in {out} has {flag} {saved[name]}, not {value}; leave {flag} out")
-            saved[name] = value
-    return out, argparse.Namespace(**saved)
+        raise ValueError(f"{path} is damaged ({error}); start anew with --overwrite") from None
 
 
-held = []  # the locks of this process: files that stay open until it ends
+held = []  # the locks of this process, which has them until it ends
 
 
-def claim(out, given):
+def claim(out, new=False):
     """Make the folder this run's own, until the process ends, however it ends. Returns it.
 
-    Raises ValueError if another run is writing there, or has written since this one looked.
+    new: it must not hold a run. Raises ValueError if it does, for another one may have come since `new_run` looked; if
+    another run is writing there; and if nothing can be written there.
     """
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        held.append((out / ".lock").open("a"))
-        if fcntl:
-            fcntl.lockf(held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: its data workers do not inherit it
-    except (BlockingIOError, PermissionError):
-        if not os.access(out, os.W_OK):
-            raise ValueError(f"nothing can be written to {out}; give another --out") from None
+        held.append(files.lock(out, wait=False))
+    except TimeoutError:
         raise ValueError(f"another run is writing to {out}; wait for its end, or give another --out") from None
-    if given.out and not given.resume:
-        new_run(given)
+    except OSError:
+        raise ValueError(f"nothing can be written to {out}; give another --out") from None
+    if new:
+        check_free(out)
     return out
 
 
 def start_log(out, config, checkpoint):
-    """Write config.json, and keep of an older log what the checkpoint knows of."""
+    """Write config.json, config being a dict, and keep of an older log what the checkpoint (or None) knows of."""
+    for path in out.glob("*.part"):  # what a process that was killed was writing
+        path.unlink()
     if not checkpoint:  # config.json goes first and comes last: with it, there is a run that can go on
-        for name in ("config.json", "last.pt", "previous.pt", "result.json", "curves.png", "masks.png"):
+        for name in ("config.json", *KEPT, "curves.png", "masks.png"):
             (out / name).unlink(missing_ok=True)
     elif checkpoint["path"].name != "last.pt":  # put the whole one in the place of the damaged one
         checkpoint["path"].replace(out / "last.pt")
     lines = [line for line in read_log(out) if line["step"] <= checkpoint["step"]] if checkpoint else []
     write(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    write(out / "config.json", json.dumps(vars(config), indent=1) + "\n")
+    write(out / "config.json", json.dumps(config, indent=1) + "\n")
 
 
 def read_log(out):
     """The objects of log.jsonl; a last line without an end was cut off and does not count."""
     if not (out / "log.jsonl").exists():
         return []
-    return [
-        json.loads(line) for line in (out / "log.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")
-    ]
+    lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def write(path, text):
     """Write a text file, whole or not at all."""
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    part.replace(path)
+    with files.whole(path) as part:
+        part.write_text(text)
 
 
 def save(path, content):
-    """Write a checkpoint and keep the previous one. Raises OSError, and changes nothing, if that fails.
+    """Write a checkpoint and keep the one before it as previous.pt. Raises OSError, and changes nothing, if that fails.
 
-    Under another name first; then last.pt becomes previous.pt, and the new one last.pt. At any moment one of the two
-    is whole.
+    At any moment one of the two is whole.
     """
-    part = path.with_suffix(".part")
     try:
-        with part.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
+        with files.whole(path, previous=path.with_name("previous.pt")) as part:
+            torch.save(content, part)
     except (OSError, RuntimeError) as error:  # PyTorch's writer makes the latter of a full disk
-        part.unlink(missing_ok=True)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise OSError(f"{path} can't be written ({reason})") from None
-    if path.exists():
-        path.replace(path.with_name("previous.pt"))
-    part.replace(path)
 
 
 def read_checkpoint(path):
     """A checkpoint of `save`. Raises ValueError if it is damaged. No code that a file may carry is ever run."""
     try:
-        with zipfile.ZipFile(path) as file:  # what torch.save writes is a zip archive: a CRC-32 for each tensor
-            damaged = file.testzip()
-        if damaged:
-            raise ValueError(f"the checksum of {damaged} is wrong")
+        files.check_zip(path)  # what torch.save writes is a zip archive: a checksum for each tensor
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever it meets in a damaged file
         reason = (str(error).splitlines() or [""])[0].split(". ")[0] or type(error).__name__

@@ -22,7 +22,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from tqdm import tqdm
 
 import data
-from engine import augment
+from engine import augment, distributed
 
 REQUEST = 64  # images that a worker decodes at a time
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -157,7 +157,7 @@ class Folder(torch.utils.data.Dataset):
 def workers():
     """How many processes decode images: this process's share of the machine's cores, 32 at most."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(32, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # torchrun says how many share it
+    return min(32, max(1, cores // distributed.LOCAL_WORLD_SIZE))
 
 
 def ignore_sigterm(worker):
