@@ -2,28 +2,36 @@
 
 import json
 import re
-from pathlib import Path
+import sys
 
 import pytest
 
-PATHS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+from tests import exercises
+
+PATHS = sorted((exercises.ROOT / "notebooks").glob("*.ipynb"))
+every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
 
 def cells_of(path):
     return json.loads(path.read_text(encoding="utf-8"))["cells"]
 
 
+def markdown_of(path):
+    return "\n".join("".join(cell["source"]) for cell in cells_of(path) if cell["cell_type"] == "markdown")
+
+
 def test_there_are_nine_in_reading_order():
     assert [path.name[:3] for path in PATHS] == [f"0{i}_" for i in range(1, 10)]
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+@every_notebook
 def test_outputs_are_stored_as_one_run_from_top_to_bottom_left_them(path):
     """No cell was skipped or run out of order, nothing failed, and nothing but results is shown."""
     code = [cell for cell in cells_of(path) if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     assert path.stat().st_size < 1.5e6, "a page that takes long to open"
     for cell in code:
+        assert "execution" not in cell["metadata"], "times of a run are no result"
         for output in cell["outputs"]:
             kind = output["output_type"]
             assert kind != "error", output
@@ -32,12 +40,33 @@ def test_outputs_are_stored_as_one_run_from_top_to_bottom_left_them(path):
             assert not re.search(r"(^|[\s'\"(])/(home|root|tmp|usr|work|Users)/|\r", text), f"a path or a bar: {text}"
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-def test_a_notebook_opens_on_colab_and_asks_before_it_tells(path):
-    """A badge that leads to this file, a first cell that fetches the code, and questions with folded answers."""
-    first, setup, *_ = cells_of(path)
-    assert f"/blob/main/notebooks/{path.name})" in "".join(first["source"])
-    assert "".join(setup["source"]) == "".join(cells_of(PATHS[0])[1]["source"]), "the same in all notebooks"
-    text = "\n".join("".join(cell["source"]) for cell in cells_of(path) if cell["cell_type"] == "markdown")
-    assert text.count("<details><summary>Answer</summary>") >= 2
-    assert "## Exercise" in text
+def test_outside_a_checkout_the_first_cell_says_what_to_clone(monkeypatch, tmp_path):
+    """In one line, and stops; inside, it leads to the root. It is the same cell in all notebooks."""
+    (first,) = {"".join(cells_of(path)[1]["source"]) for path in PATHS}
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"^clone the repository vit-hpm-from-scratch .*$"):
+        exec(first, {})
+    monkeypatch.chdir(exercises.ROOT / "notebooks")
+    names = {}
+    exec(first, names)
+    assert (names["root"], sys.path[0]) == (exercises.ROOT, str(exercises.ROOT))
+
+
+@every_notebook
+def test_a_notebook_asks_before_it_tells(path):
+    """Questions with folded answers."""
+    assert markdown_of(path).count("<details><summary>Answer</summary>") >= 2
+
+
+def test_every_exercise_stands_in_its_notebook_by_number_and_with_its_command():
+    for exercise in exercises.EXERCISES:
+        text = markdown_of(exercises.ROOT / exercise.notebook)
+        sections = re.findall(r"^## Exercise.*?(?=^## |\Z)", text, flags=re.DOTALL | re.MULTILINE)
+        (section,) = [section for section in sections if f"`{exercise.name}`" in section]
+        heading = re.sub(r"(\d+) to (\d+)", lambda m: str([*range(int(m[1]), int(m[2]) + 1)]), section.split("\n")[0])
+        assert str(exercise.number) in re.findall(r"\d+", heading), exercise
+        (keywords,) = re.findall(r"^pytest --exercises -k (.+?)(?: *#.*)?$", section, flags=re.MULTILINE)
+        assert any(keyword in exercise.name for keyword in keywords.strip('"').split(" or ")), exercise
+    for path in PATHS:
+        assert "python -m tests.exercises start" in markdown_of(path)
