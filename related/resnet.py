@@ -1,4 +1,4 @@
-"""The convolutional networks beside ViT: the ResNet baseline, and the ResNet in front of the hybrid.
+"""The convolutional networks beside ViT: the ResNet baseline, and the hybrids, a ViT behind a ResNet.
 
 Both come from *Big Transfer (BiT)* (Kolesnikov et al., ECCV 2020, arXiv 1912.11370): BatchNorm, which mixes the
 images of a batch, is replaced by GroupNorm and standardised convolutions, which do not. ViT, section 4.1.
@@ -6,16 +6,21 @@ images of a batch, is replaced by GroupNorm and standardised convolutions, which
     convolution   its kernels have mean 0 and variance 1
     bottleneck    1x1, 3x3, 1x1 beside a residual; normalised before each convolution, or after
     ResNet        the baseline: R50x1 has 50 layers and the usual width, R152x4 is four times as wide
-    Backbone      the hybrid's: its features, a small image with many channels, are what ViT cuts into patches
+    Backbone      the hybrid's: its features, a small image with many channels, are what is cut into patches
+    HybridEmbed   the hybrid's patch embedding; behind it stands a plain `vit.ViT`
+    variants      resnet50, resnet101x2, …, and r50_vit_b16, …
 
 Letters in shapes: B images, C channels, H, W pixels. Parameters carry timm's names.
 """
 
+import difflib
 from collections import OrderedDict
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+import vit
 
 GROUPS = 32  # of GroupNorm, whatever the number of channels
 
@@ -34,8 +39,8 @@ class StdConv(nn.Conv2d):
 
     Every output channel's kernel is brought to mean 0 and variance 1 before it is used: its scale and its
     offset then teach nothing, and GroupNorm follows anyway. 1e-8 is timm's epsilon, added to the variance.
-    BiT adds 1e-10, the hybrid's authors 1e-5 to the deviation: measured on r50_vit_b16 with random weights and
-    logits of deviation 1.4, this changes a logit by at most 5e-5 and 6e-4.
+    BiT adds 1e-10, the hybrid's authors 1e-5 to the standard deviation: measured on r50_vit_b16 with random weights
+    and logits of standard deviation 1.4, this changes a logit by at most 5e-5 and 6e-4.
     """
 
     def __init__(self, inputs, outputs, size, stride=1, same=False):
@@ -146,6 +151,30 @@ class Backbone(nn.Module):
         return self.stages(self.stem(images))
 
 
+class HybridEmbed(vit.PatchEmbed):
+    """The hybrid's patch embedding: images -> features -> patches of the features -> tokens (B, N, D).
+
+    patch_size  stays the number of image pixels that a patch stands for: with stride 16 and 16 pixels, as in
+                R50+ViT-B/16, it is one pixel of the features
+    depths      bottlenecks of each stage, see `Backbone`
+
+    Raises ValueError if the stride of the features does not divide the patch size.
+    """
+
+    def __init__(self, patch_size, in_chans, dim, depths):
+        nn.Module.__init__(self)  # PatchEmbed's would list, and draw, E before the ResNet
+        self.backbone = Backbone(in_chans, depths)
+        side, rest = divmod(patch_size, self.backbone.stride)
+        if rest:
+            wrong = f"patches of {patch_size} pixels do not fit features of stride {self.backbone.stride}"
+            raise ValueError(f"{wrong}; use a multiple of {self.backbone.stride}")
+        self.proj = nn.Conv2d(self.backbone.channels, dim, kernel_size=side, stride=side)
+
+    def cut(self, images):
+        """images (B, C, H, W) -> patches of their features (B, N, side * side * channels)."""
+        return super().cut(self.backbone(images))
+
+
 class ResNet(nn.Module):
     """BiT's ResNet-v2, the baseline of ViT's figures 3 to 5: images (B, C, H, W) -> logits (B, classes).
 
@@ -176,8 +205,33 @@ class ResNet(nn.Module):
 
 # resnet50, resnet50x2, …: the number of layers, and the width unless it is 1.
 DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3)}
-ARCHS = {
+RESNETS = {
     f"resnet{layers}" + f"x{width}" * (width > 1): dict(depths=depths, width=width)
     for layers, depths in DEPTHS.items()
     for width in (1, 2, 3, 4)
 }
+# The hybrids: R50 as in the paper, with its fourth stage or, for patches of 16, with its blocks in the third;
+# R26 and the stem alone as in the authors' code (theirs is called R+ViT-Ti/16, with patches of 32 pixels nonetheless).
+HYBRIDS = {
+    f"{name}_vit_{size}{patch}": vit.ARCHS[f"vit_{size}{patch}"] | dict(backbone=depths)
+    for size in vit.SIZES
+    for name, patch, depths in (("r50", 16, (3, 4, 9)), ("r50", 32, (3, 4, 6, 3)), ("r26", 32, (2, 2, 2, 2)))
+}
+HYBRIDS["r_vit_ti16"] = vit.ARCHS["vit_ti32"] | dict(backbone=())
+ARCHS = RESNETS | HYBRIDS
+
+
+def create(arch, img_size=224, num_classes=1000, in_chans=3, **options):
+    """Build a model by its name in `ARCHS`: `resnet50` is R50x1, `r50_vit_b16` is R50+ViT-B/16.
+
+    options: any argument of `ResNet`, which takes images of any size; or, of a hybrid, any argument of `vit.ViT` and
+    backbone, the bottlenecks of each stage. They win over the variant's own. Raises ValueError for an unknown name.
+    """
+    if arch not in ARCHS:
+        near = difflib.get_close_matches(arch, ARCHS, n=1, cutoff=0)[0]
+        raise ValueError(f"unknown arch {arch!r}; did you mean {near}? There are {', '.join(ARCHS)}")
+    options = ARCHS[arch] | options
+    if arch in RESNETS:
+        return ResNet(in_chans, num_classes, **options)
+    embed = HybridEmbed(options["patch_size"], in_chans, options["dim"], options.pop("backbone"))
+    return vit.ViT(img_size, in_chans=in_chans, num_classes=num_classes, patch_embed=embed, **options)

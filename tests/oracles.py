@@ -379,7 +379,7 @@ def normalise_loops(patch):
 
 
 def hog_loops(image, P, bins=9):
-    """image (C, H, W) -> (N, cells * C * bins): cells of 8 x 8 pixels, or the whole patch where 8 does not divide it."""
+    """image (C, H, W) -> (N, cells * C * bins): cells of 8 x 8 pixels, or the whole patch if 8 does not divide it."""
     C, H, W = image.shape
     cell, features = (P if P % 8 else 8), []
     for top in range(0, H, P):
