@@ -70,10 +70,10 @@ def random_mask(noise, ratio):
 def block_mask(draw, grid, ratio):
     """Hide rectangles until the ratio is reached (BEiT's masking): draw (B, N, 5) -> mask (B, N) bool, the count exact.
 
-    Each row of `draw` proposes a rectangle by its first four numbers: the area, uniform from 8 to 25 % of the grid (at
-    least 4 patches); the aspect ratio, height over width, log-uniform from 0.3 to 1 / 0.3; top and left, every place
-    equally likely. They are laid one after the other. Of the one that covers too much, the fifth number of each
-    patch decides which patches are hidden; so it does where 40 rectangles do not cover enough.
+    Each row of `draw` proposes a rectangle of whole patches by its first four numbers: the area, uniform from 8 to 25 %
+    of the grid (at least 4 patches); the aspect ratio, height over width, log-uniform from 0.3 to 1 / 0.3; top and
+    left, every place equally likely. They are laid one after the other. Of the one that covers too much, the fifth
+    number of each patch decides which patches are hidden; so it does where 40 rectangles do not cover enough.
     """
     (rows, columns), device = grid, draw.device
     area, aspect, top, left = draw[:, :40, :4, None].unbind(dim=2)  # each (B, 40, 1)
@@ -117,9 +117,9 @@ TARGETS = ("pixels", "norm-pixels", "hog", *FEATURE_TARGETS)
 
 
 def normalise_patches(patches):
-    """𝒯, MAE's recommended target: every patch with mean 0 and variance 1. Returns that, the mean, the std.
+    """𝒯, MAE's recommended target: every patch less its mean, over its std √(variance + 1e-6). Returns it, mean, std.
 
-    patches (B, N, P*P*C) -> the same, (B, N, 1), (B, N, 1). A flat patch becomes amplified noise.
+    patches (B, N, P*P*C) -> the same, (B, N, 1), (B, N, 1). The variance is unbiased. Flat patches become loud noise.
     """
     mean, variance = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
     std = (variance + 1e-6).sqrt()
@@ -262,8 +262,8 @@ PREDICTORS = ("relative", "absolute", "none")
 def absolute_loss(predicted, true):
     """L_pred, absolute: squared error against the true losses, standardised within each image.
 
-    predicted, true (B, n), hidden patches alone -> a scalar, the mean over patches. `true` is a target: no gradient
-    flows into it.
+    predicted, true (B, n), hidden patches alone -> a scalar, the mean over patches. Standardised as in
+    `normalise_patches`. `true` is a target: no gradient flows into it.
     """
     true = true.detach()
     mean, variance = true.mean(dim=1, keepdim=True), true.var(dim=1, keepdim=True)
