@@ -211,13 +211,11 @@ def test_a_large_batch_is_decoded_in_parts(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("cores", "processes", "expected"), [(8, None, 8), (8, "2", 4), (8, "3", 2), (1, "4", 1), (200, None, 32)]
+    ("cores", "processes", "expected"), [(8, 1, 8), (8, 2, 4), (8, 3, 2), (1, 4, 1), (32, 1, 32), (200, 2, 32)]
 )
 def test_cores_are_shared_by_the_processes_of_a_machine(cores, processes, expected, monkeypatch):
-    """torchrun says how many there are. At most 32 decode, at least one."""
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    if processes:
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    """At most 32 decode for each, at least one."""
+    monkeypatch.setattr(image_folder.distributed, "LOCAL_WORLD_SIZE", processes)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
     assert image_folder.workers() == expected
 
