@@ -20,7 +20,6 @@ import os
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
 import data
@@ -105,7 +104,7 @@ def test_batches(model, split, img_size, batch_size, device):
         for images, labels in split.test_batches(img_size, batch_size, torch.device(device), distributed.test_shard()):
             own += 1
             yield images, labels
-        if isinstance(model, FSDPModule):  # a forward pass needs the shards of all processes
+        if distributed.is_sharded(model):
             largest = math.ceil(len(split) / distributed.WORLD_SIZE)  # images of a process
             for _ in range(math.ceil(largest / batch_size) - own):
                 yield images, torch.full_like(labels, -1)

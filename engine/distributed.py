@@ -15,7 +15,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -135,6 +135,7 @@ def wrap_model(model, fsdp=False, dtype="float32"):
     if WORLD_SIZE == 1:
         return model
     if not fsdp:
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # PyTorch 2.11 knows no other name
         return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
     mesh = dist.init_device_mesh(next(model.parameters()).device.type, (WORLD_SIZE,))
     # With autocast to bfloat16 parameters travel in it too, half the bytes; their gradients are summed in float32.
@@ -146,6 +147,11 @@ def wrap_model(model, fsdp=False, dtype="float32"):
     # HPM returns views, as the indices of hidden patches; nothing changes them in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     return fully_shard(model, **options)
+
+
+def is_sharded(model):
+    """Whether each process has but a part of its parameters: then all have to call it, as often as the others."""
+    return isinstance(model, FSDPModule)
 
 
 def averaged_gradients(wrapped_model, last):
