@@ -754,6 +754,7 @@ def allocated_peak(run):
     return peak
 
 
+@pytest.mark.slow
 def test_the_relative_loss_needs_memory_for_three_tensors_of_pairs():
     """Forward and backward, for ViT-B/16: (B, n, n) float32 are 22 MB with a batch of 256 and n = 147."""
     predicted, true = torch.randn(64, 147, requires_grad=True), torch.rand(64, 147)
