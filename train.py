@@ -199,7 +199,8 @@ def build_optimizer(model, name, lr, weight_decay, layer_decay, betas):
             groups.setdefault((decay, scale), []).append(p)
     groups = [dict(params=ps, weight_decay=decay, scale=scale) for (decay, scale), ps in groups.items()]
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True)
+        fused = not distributed.is_sharded(model)  # PyTorch has no fused SGD for shards
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=fused)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
@@ -217,7 +218,9 @@ def load_optimizer(optimizer, saved):
         i: {name: distributed.sharded(v, params[i]) if v.shape == params[i].shape else v for name, v in values.items()}
         for i, values in saved["state"].items()
     }
-    optimizer.load_state_dict(saved | {"state": state})
+    fused = {"fused": optimizer.param_groups[0]["fused"]}  # a matter of shards, not of the run
+    groups = [group | fused for group in saved["param_groups"]]
+    optimizer.load_state_dict(dict(state=state, param_groups=groups))
 
 
 def learning_rate(step, steps, peak, warmup, decay="cosine"):
@@ -237,7 +240,7 @@ def learning_rate(step, steps, peak, warmup, decay="cosine"):
 
 
 def schedule(config, step, images_per_epoch):
-    """What changes from step to step: the learning rate and, for HPM, the share α_t of hard patches and the momentum m."""
+    """What changes from step to step: the learning rate and, for HPM, the share of hard patches α_t and the momentum."""
     return dict(
         lr=learning_rate(step, config.steps, config.lr[0], config.warmup, config.decay),
         alpha=hpm.hard_fraction(step, config.steps, *config.alpha),
@@ -353,9 +356,7 @@ def train(config, model, dataset, out, checkpoint):
     )
     with log, bar:
         for step, (images, targets) in enumerate(batches, start):
-            pending.append(
-                train_step(config, dataset, model, wrapped_model, average, optimizer, step, images, targets)
-            )
+            pending.append(train_step(config, dataset, model, wrapped_model, average, optimizer, step, images, targets))
             bar.update()
             done = step + 1
             # A signal may reach one process alone, and clocks differ: all have to do the same at the same step.
@@ -490,7 +491,7 @@ def main(argv=None):
         torch.set_float32_matmul_precision("high")  # on CUDA: TF32 for what autocast leaves in float32
         distributed.start(config.device)
         model = build(config, dataset, resume=checkpoint is not None).to(config.device)
-        out = distributed.from_rank0(lambda: run_folder.claim(out, new=config.out and not (config.resume or config.overwrite)))
+        out = distributed.from_rank0(lambda: run_folder.claim(out, new=not (config.resume or config.overwrite)))
         if len(config.lr) > 1:
             config = dataclasses.replace(config, lr=(best_learning_rate(config, dataset, out),))
         params = sum(p.numel() for p in model.parameters())

@@ -76,9 +76,9 @@ PROBABILITY = Range(lambda v: 0 <= v < 1, "a probability in [0, 1)")
 
 
 def flag(metavar, text, read=str, allowed=None, saved=True):
-    """A field of `Config`. metavar, text: as in --help; read: from the command line's text; allowed: names or a `Range`.
+    """A field of `Config`. metavar, text: as --help shows it; without a metavar there is no flag.
 
-    saved: whether config.json says it. Without a metavar the field has no flag.
+    read: from the command line's text to the value; allowed: names or a `Range`; saved: whether config.json says it.
     """
     return dataclasses.field(metadata=dict(metavar=metavar, text=text, read=read, allowed=allowed, saved=saved))
 
@@ -116,9 +116,7 @@ class Config:
     )  # fmt: skip
     warmup: int = flag("STEPS", "steps of linear warm-up", int, NOT_NEGATIVE)
     decay: str = flag("D", "cosine | linear; default cosine", allowed=("cosine", "linear"))
-    polyak: float = flag(
-        "M", "momentum of an average of the weights, as 0.9999; default 0, off", float, PROBABILITY
-    )
+    polyak: float = flag("M", "momentum of an average of the weights, as 0.9999; default 0, off", float, PROBABILITY)
     layer_decay: float = flag(
         "F", "learning rate of a layer over that of the next one, in (0, 1]", float,
         Range(lambda v: 0 < v <= 1, "a factor in (0, 1]"),
@@ -288,14 +286,14 @@ def configure(given):
     if values.arch in resnet.RESNETS:
         default(dropout=0.0, drop_path=0.0, layer_decay=1.0)
     else:
-        arch = vit.ARCHS.get(values.arch, {})
+        arch = (vit.ARCHS | resnet.HYBRIDS)[values.arch]
         default(pool="mean" if (values.task, values.optimizer) == ("finetune", "adamw") else "cls")
         default(pos_embed=arch.get("pos_embed", "1d"))
         # Patches of 8 pixels and more: too few of them at 32.
-        side = data.NATIVE_SIZE.get(values.data, 32) if arch.get("patch_size", 16) < 8 else 224
+        side = data.NATIVE_SIZE.get(values.data, 32) if arch["patch_size"] < 8 else 224
         default(img_size=(side, side))
+        grid = vit.patch_grid(*values.img_size, arch["patch_size"])
         if values.task in AUTOENCODERS:
-            grid = vit.patch_grid(*values.img_size, arch["patch_size"])
             hpm.count_hidden(math.prod(grid), values.mask_ratio)
     default(img_size=(224, 224), polyak=0.0)
     dataset = load_dataset(values)
@@ -368,7 +366,9 @@ def resumed(given, saved, path):
         old = tuple(old) if isinstance(old, list) else (old,) if name == "lr" and isinstance(old, int | float) else old
         old = gelu(old) if name == "gelu" else old
         if value not in (None, old) and name not in MAY_CHANGE:
-            raise ValueError(f"--resume: the run in {folder} has {shown} {show(old)}, not {show(value)}; leave {shown} out")
+            raise ValueError(
+                f"--resume: the run in {folder} has {shown} {show(old)}, not {show(value)}; leave {shown} out"
+            )
         read[name] = old if value is None else value
     config = Config(**read | dict(resume=True, overwrite=False))
     check(config)
