@@ -3,8 +3,8 @@
     python -m tests.engine.launch N COMMAND…                            forks N processes, once all is imported
     torchrun --nproc_per_node=N -m tests.engine.launch 0 COMMAND…       as users start them
 
-Each process writes the exit codes of its commands to codes-RANK.json. The model has two blocks; figures, most of the
-time of a short run, are drawn with `--checkpointing` alone. A command with `--seed 13` loses its second process at the
+Each process writes the exit codes of its commands to codes-RANK.json. The model has two blocks; only torchrun's
+processes draw figures, most of the time of a short run. A command with `--seed 13` loses its second process at the
 third step.
 """
 
@@ -33,10 +33,10 @@ def uneven(size=None):
     return data.Dataset("photos", ["red", "green", "blue"], *PLAIN, *splits)
 
 
-def main(commands):
+def main(commands, figures):
     """Run the commands; the largest of their exit codes."""
     torch.set_num_threads(1)
-    codes, train_step, draw = [], train.train_step, train.draw_figures
+    codes, train_step = [], train.train_step
     data.photos, vit.ARCHS["vit_micro4"] = uneven, SHALLOW
 
     def die(config, *rest):
@@ -46,8 +46,9 @@ def main(commands):
         return train_step(config, *rest)
 
     train.train_step = die
+    if not figures:
+        train.draw_figures = lambda *_: None
     for command in commands:
-        train.draw_figures = draw if "--checkpointing" in command else lambda *_: None
         codes.append(train.main(command.split()))
         print(flush=True)
     distributed.end()
@@ -70,7 +71,7 @@ def fork(n, commands):
                 setattr(distributed, name, value)
             code = 1
             try:
-                code = main(commands)
+                code = main(commands, figures=False)
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -83,4 +84,4 @@ def fork(n, commands):
 
 if __name__ == "__main__":
     number, *rest = sys.argv[1:]
-    sys.exit(fork(int(number), rest) if int(number) else main(rest))
+    sys.exit(fork(int(number), rest) if int(number) else main(rest, figures=True))
