@@ -151,7 +151,7 @@ def nearest_neighbours(train, test, classes, k=20, temperature=0.07):
     hits = 0
     for query, truth in zip(F.normalize(test[0], dim=1).split(500), test[1].split(500), strict=True):
         similarity, index = (query @ features.T).topk(min(k, len(features)), dim=1)  # (b, k)
-        votes = torch.zeros(len(query), classes, device=query.device)
+        votes = query.new_zeros(len(query), classes)
         votes.scatter_add_(1, labels[index], (similarity / temperature).exp())
         hits += (votes.argmax(dim=1) == truth).sum()
     return 100 * hits.item() / len(test[1])

@@ -181,7 +181,7 @@ def check_states(one, two, name):
 
 @pytest.mark.parametrize("name", ["adamw", "adamw-fsdp"])
 def test_the_first_gradient_of_adam_is_that_of_one_process(name, runs):
-    """Its running mean after one step is a tenth of the gradient; the weights are no measure, for Adam divides by it."""
+    """Its running mean after one step is a tenth of the gradient. Weights are no measure: Adam divides by it."""
     folder, *_ = runs
     one, two = (checkpoint(folder / out)["optimizer"]["state"] for out in ("adamw", f"{name}-2"))
     check_states(one, two, "exp_avg")
