@@ -60,8 +60,8 @@ def lock(folder, wait=True):
     wait: for another process that has it. False raises TimeoutError then; OSError if nothing can be written there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # One lock for each folder in a process, so that it does not wait for itself; absolute, for a process may move.
-    return filelock.FileLock(folder.absolute() / ".lock", is_singleton=True).acquire(timeout=-1 if wait else 0)
+    # One lock for each folder in a process, so that it does not wait for itself.
+    return filelock.FileLock(folder / ".lock", is_singleton=True).acquire(timeout=-1 if wait else 0)
 
 
 def download(url, path, checksum=None, check=None):
