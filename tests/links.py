@@ -1,12 +1,15 @@
-"""The links of README, docs and notebooks, and the lines of code that some of them show.
+"""The links of README, docs and notebooks, and the code that these pages show.
 
-    python -m tests.links     put the numbers of lines right
+    python -m tests.links     put the numbers of lines right, and the code that notebooks print
 
 The text of a link to a line of code is code of that line: [`x = block(x)`](vit.py#L12). So the number can be found.
 """
 
+import importlib
+import inspect
 import json
 import re
+from functools import reduce
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -18,6 +21,8 @@ PAGES = [
 ]
 LINK = re.compile(r'(?:\]\(|<(?:img|a)[^>]* (?:src|href)=")([^)\s"]+)[)"]')
 LINE_OF_CODE = re.compile(r"\[`([^`]+)`\]\(([^)#]+)#L(\d+)\)")
+PRINTED_CODE = re.compile(r"^print\(inspect\.getsource\(([\w.]+)\)\)$", flags=re.MULTILINE)
+ROOMS = {"probes": "downstream.probes"}  # what notebooks import by the last part of its name
 
 
 def markdown(page):
@@ -75,11 +80,36 @@ def numbered(text, folder):
     return LINE_OF_CODE.sub(number, text)
 
 
+def printed(source):
+    """What a notebook's cell prints that does nothing but `print(inspect.getsource(…))`, or None if it does more."""
+    if PRINTED_CODE.sub("", source).strip():
+        return None
+    return "".join(inspect.getsource(named(name)) + "\n" for name in PRINTED_CODE.findall(source))
+
+
+def named(name):
+    """The function or class that a notebook calls `vit.ViT.embed`."""
+    module, *attributes = name.split(".")
+    return reduce(getattr, attributes, importlib.import_module(ROOMS.get(module, module)))
+
+
+def with_code_of_today(text):
+    """The text of a notebook's file, with the code that its cells print as it is in the modules now."""
+    notebook = json.loads(text)
+    for cell in notebook["cells"]:
+        code = printed("".join(cell["source"])) if cell["cell_type"] == "code" else None
+        if code:
+            cell["outputs"][0]["text"] = code.splitlines(keepends=True)
+    return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+
+
 def main():
     for page in PAGES:
         if page.name != "ledger.md":  # tests.exercises writes it
             old = page.read_text(encoding="utf-8")
             new = numbered(old, page.parent)
+            if page.suffix == ".ipynb":
+                new = with_code_of_today(new)
             if new != old:
                 page.write_text(new, encoding="utf-8")
                 print(f"wrote {page.relative_to(ROOT)}")

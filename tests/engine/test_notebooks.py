@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests import exercises
+from tests import exercises, links
 
 PATHS = sorted((exercises.ROOT / "notebooks").glob("*.ipynb"))
 every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
@@ -38,6 +38,12 @@ def test_outputs_are_stored_as_one_run_from_top_to_bottom_left_them(path):
             assert output.get("name") != "stderr", f"warnings or a progress bar: {output}"
             text = "".join(output.get("text", output.get("data", {}).get("text/plain", "")))
             assert not re.search(r"(^|[\s'\"(])/(home|root|tmp|usr|work|Users)/|\r", text), f"a path or a bar: {text}"
+
+
+@every_notebook
+def test_the_code_that_a_notebook_prints_is_the_code_of_today(path):
+    text = path.read_text(encoding="utf-8")
+    assert links.with_code_of_today(text) == text, "print it anew: python -m tests.links"
 
 
 def test_outside_a_checkout_the_first_cell_says_what_to_clone(monkeypatch, tmp_path):
