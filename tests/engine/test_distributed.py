@@ -305,22 +305,6 @@ def test_alone_everything_returns_what_it_was_given():
     assert not distributed.is_peer_lost(RuntimeError("Connection closed by peer"))
 
 
-def test_dropout_differs_between_steps_and_processes_and_comes_again(small, monkeypatch):
-    """Else each step would thin the model alike, or two halves of a batch; and a resumed run would not repeat."""
-    config, dataset = settings(f"{MICRO} --dropout 0.5")
-    model = train.build(config, dataset)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    optimizer.param_groups[0]["scale"] = 1.0
-    images, labels = next(dataset.train.train_batches((16, 16), 4, range(1), 0, None, torch.device("cpu")))
-    drawn = []
-    for rank, step in ((0, 1), (1, 1), (0, 2), (0, 1)):
-        monkeypatch.setattr(distributed, "RANK", rank)
-        train.train_step(config, dataset, model, model, None, optimizer, step, images, labels)
-        drawn.append(torch.rand(()).item())
-    assert len(set(drawn)) == 3
-    assert drawn[3] == drawn[0]
-
-
 BAD = {
     "--batch-size 9": "--batch-size 9 2 processes multiple of 2",
     "--batch-size 6 --mixup 0.8": "--batch-size 6 even multiple of 4",
