@@ -1,5 +1,6 @@
 """Fixtures of the tests that start runs. What they import is imported when they are asked for: most tests need none."""
 
+import functools
 import signal
 
 import pytest
@@ -30,3 +31,20 @@ def no_figures(monkeypatch):
     import train
 
     monkeypatch.setattr(train, "draw_figures", lambda *_: None)
+
+
+@pytest.fixture
+def shallow(monkeypatch):
+    """vit_micro4 with three blocks in place of six, for what does not depend on its depth."""
+    import vit
+    from tests.engine.runs import BLOCKS
+
+    monkeypatch.setitem(vit.ARCHS, "vit_micro4", vit.ARCHS["vit_micro4"] | {"depth": BLOCKS})
+
+
+@pytest.fixture
+def steps_of(small, shallow, no_figures, monkeypatch):
+    """steps_of(command, n=1): what happened in the first n steps of a run, see `record_steps` in runs.py."""
+    from tests.engine.runs import record_steps
+
+    return functools.partial(record_steps, monkeypatch)

@@ -5,9 +5,12 @@ They stand in for the photographs: fixture `small` of conftest.py.
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from PIL import Image
+from torch import nn
+from torch.nn import functional as F
 
 import data
 import train
@@ -15,6 +18,7 @@ from engine import config as flags
 
 PLAIN = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)  # mean and standard deviation of the images below
 MICRO = "--arch vit_micro4 --img-size 16 --batch-size 4 --steps 3"
+BLOCKS = 3  # of vit_micro4 in place of 6, where fixture `steps_of` or `shallow` is asked for
 TIMES = ("seconds", "images_per_second")  # what no two runs have in common
 
 
@@ -83,3 +87,59 @@ def write_images(path, broken=0, **classes):
                 Image.fromarray(picture).save(Path(path, split, name, f"{i}.png"))
     for i in range(broken):
         Path(path, "train", next(iter(classes)), f"{i}.png").write_text("no image")
+
+
+class Enough(BaseException):
+    """All that a test wants has happened."""
+
+
+def record_steps(monkeypatch, command, n=1):
+    """What happened in the first n steps of a run, which ends then: a list; "refused" if it did not begin.
+
+    Of each step: step, config, dataset, model, optimizer, average; images, targets: as they came from the data; calls:
+    (args, output) of the model; compared: (logits, targets) of the cross-entropy; before, after: the weights by name;
+    gradients: what the optimizer got; rates: the learning rate of each weight; metrics: floats. A classifier's head is
+    filled before the first step: at zero, its logits would say nothing.
+    """
+    steps, now = [], SimpleNamespace(compared=[])
+    original, cross_entropy = train.train_step, F.cross_entropy
+
+    def compare(logits, targets, **options):
+        now.compared.append((logits.detach(), targets))
+        return cross_entropy(logits, targets, **options)
+
+    def train_step(config, dataset, model, wrapped_model, average, optimizer, step, images, targets):
+        if step == 0 and isinstance(getattr(model, "head", None), nn.Linear):
+            nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(7))
+        names = {id(p): name for name, p in model.named_parameters()}
+        vars(now).update(step=step, config=config, dataset=dataset, model=model, optimizer=optimizer, average=average)
+        vars(now).update(images=images.clone(), targets=targets.clone(), calls=[], compared=[], gradients={}, rates={})
+
+        def look(optimizer, *_):
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    now.gradients[names[id(p)]], now.rates[names[id(p)]] = p.grad.clone(), group["lr"]
+
+        hooks = [
+            model.register_forward_hook(lambda module, args, out: now.calls.append((args, out))),
+            optimizer.register_step_pre_hook(look),
+        ]
+        now.before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        metrics = original(config, dataset, model, wrapped_model, average, optimizer, step, images, targets)
+        now.after = {name: p.detach().clone() for name, p in model.named_parameters()}
+        now.metrics = {name: float(value) for name, value in metrics.items()}
+        for hook in hooks:
+            hook.remove()
+        steps.append(SimpleNamespace(**vars(now)))
+        if len(steps) == n:
+            raise Enough
+        return metrics
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", train_step)
+        patch.setattr(F, "cross_entropy", compare)
+        try:
+            code = run(command)
+        except Enough:
+            return steps
+    return "refused" if code == 2 else steps
