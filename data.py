@@ -425,7 +425,7 @@ def cifar(name, data_dir):
             images, labels = values[:, label_bytes:].reshape(-1, 3, 32, 32), values[:, label_bytes - 1]
             splits.append(InMemory(torch.tensor(images), torch.tensor(labels).long(), *statistics))
     except (OSError, EOFError, zlib.error, ValueError, KeyError, tarfile.TarError, AttributeError) as error:
-        reason = (str(error).splitlines() or ["it is empty"])[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is damaged ({reason}); delete it and run again") from None
     return Dataset(name, read[names].decode().split(), *statistics, *splits)
 

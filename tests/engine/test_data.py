@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 import data
-from engine import augment
+from engine import augment, image_folder
 from tests.engine.pictures import (
     CPU,
     PLAIN,
@@ -52,7 +52,14 @@ def test_random_numbers_depend_on_every_part_of_the_key():
     again = [torch.rand(4, generator=data.generator(*key)).tolist() for key in reversed(keys)]
     assert first == again[::-1]
     assert len({tuple(numbers) for numbers in first}) == len(keys), "two keys share their numbers: a sum of the parts?"
-    assert data.generator(0, 0, device="cpu").device == CPU
+
+
+def test_random_numbers_of_a_device_come_from_its_own_generator(monkeypatch):
+    """So that masks and noise need not be copied there."""
+    asked, cpu = [], torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device: (asked.append(device), cpu())[1])
+    assert data.generator(0, 0, device="cuda").initial_seed() == data.generator(0, 0).initial_seed()
+    assert asked == ["cuda", "cpu"]
 
 
 def test_a_seed_means_what_it_always_has():
@@ -99,7 +106,7 @@ def test_crops_are_drawn_for_the_whole_batch_at_once():
         related = np.corrcoef(draw.T) - np.eye(5)  # of 2000 pairs: about 1 / sqrt(2000) = 0.02
         assert np.abs(related).max() < 0.1, "two columns share their numbers"
     assert len(torch.cat(draws).unique()) > 0.99 * 3 * 2000 * 5
-    assert torch.equal(data.draw_crops(2000, 1, 0), draws[2])
+    assert torch.equal(draws[2], torch.rand(2000, 5, generator=data.generator(1, 1, 0))), "of the purpose of crops"
 
 
 def test_noise_of_masks_has_a_column_for_each_use():
@@ -116,7 +123,7 @@ def test_noise_of_masks_has_a_column_for_each_use():
 def test_noise_of_a_test_image_depends_on_seed_and_index_alone():
     """Runs of different length and kind, and with more images, hide the same patches of an image."""
     noise = data.evaluation_noise(30, 49, seed=4)
-    assert noise.shape == (30, 49)
+    assert torch.equal(noise, torch.rand(30, 49, generator=data.generator(4, 7))), "of a purpose of its own"
     for n in (1, 7, 29):
         assert torch.equal(data.evaluation_noise(n, 49, seed=4), noise[:n])
     assert len(noise.unique()) > 0.99 * 30 * 49, "images share their noise"
@@ -139,6 +146,12 @@ def test_a_balanced_subset_has_as_many_of_each_class(n, counts):
     assert torch.equal(data.balanced(labels, n, seed=0), keep)
     others = {tuple(data.balanced(labels, n, seed).tolist()) for seed in range(5)}
     assert len(others) == (5 if n < 85 else 1), "the choice is not random"
+
+
+def test_a_balanced_subset_is_a_seeds_own():
+    """With one class it is the first n of a random order that belongs to subsets alone."""
+    order = torch.randperm(20, generator=data.generator(3, 5)).tolist()
+    assert data.balanced(torch.zeros(20).long(), 6, seed=3).tolist() == sorted(order[:6])
 
 
 def test_a_subset_larger_than_the_set_is_refused():
@@ -260,7 +273,7 @@ def test_without_a_crop_training_images_come_as_they_are():
     """As a linear probe sees them: no shift, no flip."""
     images = pixels(6, 3, 5, 4)
     [(ours, labels)] = data.InMemory(images, torch.arange(6), *PLAIN).train_batches((5, 4), 6, range(1), 0, None, CPU)
-    equal(ours, images[labels].numpy(), atol=1e-4)
+    assert torch.equal(ours, data.normalise(images[labels], *PLAIN)), "resized to its own size: not bit for bit"
 
 
 @pytest.mark.parametrize("kind", ["memory", "photographs"])
@@ -335,25 +348,34 @@ def test_features_come_in_the_order_of_their_images():
 
 
 def test_a_split_moves_to_the_device_with_all_it_has(monkeypatch):
-    """Once, with the first batch; every step then gathers its images there. Copies wait for nothing."""
-    moved, to = [], torch.Tensor.to
-
-    def watched(tensor, device, non_blocking=False):
-        moved.append((tensor.dtype, non_blocking))
-        return to(tensor, device)
-
-    splits = [split_of("memory", pixels(3, 3, 4, 4)), split_of("photographs", pixels(3, 3, 4, 4))]
-    monkeypatch.setattr(torch.Tensor, "to", watched)
+    """With the first batch; from then on images are gathered and cropped there. "meta" is a device without numbers."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    for split in splits:
-        split.to("meta")
-        tensors = [value for value in vars(split).values() if isinstance(value, torch.Tensor)]
-        assert len(tensors) >= 2
-        assert all(tensor.device.type == "meta" for tensor in tensors)
-    moved.clear()
-    assert data.to_device(torch.ones(2), "meta").device.type == "meta"
-    assert moved == [(torch.float32, True)]
+    for kind, crop in KINDS_AND_CROPS:
+        for training in (True, False):
+            split = split_of(kind, pixels(3, 3, 4, 4))
+            batches = (
+                split.train_batches((6, 6), 2, range(2), 0, crop, "meta")
+                if training
+                else split.test_batches((6, 6), 2, "meta")
+            )
+            for images, labels in batches:
+                assert (images.device.type, images.shape[1:], labels.device.type) == ("meta", (3, 6, 6), "meta")
+            tensors = [value for value in vars(split).values() if isinstance(value, torch.Tensor)]
+            assert len(tensors) >= 2
+            assert all(tensor.device.type == "meta" for tensor in tensors)
+
+
+def test_nobody_waits_for_a_copy_to_the_device(monkeypatch):
+    """It comes out of pinned memory. On the CPU there is none."""
+    pinned, asked, to = [], [], torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (pinned.append(tensor), tensor)[1])
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda tensor, *args, **kwargs: (asked.append(kwargs), to(tensor, *args))[1]
+    )
     ones = torch.ones(2)
+    assert data.to_device(ones, "meta").device.type == "meta"
+    assert pinned[0] is ones
+    assert asked == [{"non_blocking": True}]
     assert data.to_device(ones, CPU) is ones
 
 
@@ -482,6 +504,51 @@ def test_images_are_erased_before_they_are_mixed():
     assert same([augmented(images, labels, 8, erasing=1.0, mixup=0.8, cutmix=1.0)], [in_turn])
 
 
+def test_erasing_has_numbers_of_its_own():
+    """Five for each image of the whole batch, then its noise."""
+    images = uniform(6, 3, 9, 8, dtype=torch.float32)
+    numbers = data.generator(2, 4, 7)
+    draw = torch.rand(5, 6, generator=numbers).T
+    oracle = augment.erase(images, draw, torch.randn(6, 3, 9, 8, generator=numbers), 0.6)
+    erased, _ = augmented(images, torch.arange(6), 6, erasing=0.6, seed=2, step=7)
+    assert torch.equal(erased, oracle)
+    assert not torch.equal(erased, images)
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 0.5), (0.8, 0.5)])
+def test_mixing_has_numbers_of_its_own(mixup, cutmix):
+    """NumPy's, for PyTorch has no Beta distribution with a generator; drawn, too, where one is off: Beta(1, 1)."""
+    images, labels = uniform(6, 3, 9, 8, dtype=torch.float32), torch.arange(6)
+    numbers = np.random.default_rng(np.random.SeedSequence((2, 2, 7)))
+    coin, *weights = (
+        numbers.random(6),
+        numbers.beta(mixup or 1, mixup or 1, 6),
+        numbers.beta(cutmix or 1, cutmix or 1, 6),
+    )
+    centre = torch.as_tensor(numbers.random((6, 2))).float()
+    chance, oracle = {(0.8, 0.0): 1, (0.0, 0.5): 0, (0.8, 0.5): 0.5}[mixup, cutmix], []
+    for b in range(6):
+        by_mixup = coin[b] < chance
+        weight = torch.tensor([weights[0 if by_mixup else 1][b]]).float()
+        boxes = augment.cutmix_weights(weight, centre[b : b + 1], (9, 8))
+        oracle.append(augment.mixup_weights(weight, (9, 8)) if by_mixup else boxes)
+    oracle = augment.blend(images, torch.eye(6), torch.cat(oracle))
+    assert same([augmented(images, labels, 6, mixup=mixup, cutmix=cutmix, seed=2, step=7)], [oracle])
+
+
+def test_a_batch_is_augmented_on_its_device(monkeypatch):
+    """With the device's own random numbers where there are many; "meta" is a device without numbers."""
+    asked = []
+    monkeypatch.setattr(data, "generator", lambda *key, device="cpu": asked.append((key, str(device))))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    images, labels = torch.ones(4, 3, 6, 6, device="meta"), torch.zeros(4, device="meta").long()
+    ours = data.augment_batch(images, labels, 5, 0.5, 0.8, 1.0, 0, 3, 8, slice(4, 8))
+    assert [(v.device.type, v.shape) for v in ours] == [("meta", (4, 3, 6, 6)), ("meta", (4, 5))]
+    noises = [data.draw_noise(4, 9, columns, 0, 3, "meta") for columns in (1, 2)]
+    assert [(v.device.type, v.shape) for v in noises] == [("meta", (4, 9)), ("meta", (4, 9, 2))]
+    assert asked == [((0, data.ERASE, 3), "meta"), *[((0, data.MASK, 3), "meta")] * 2]
+
+
 def test_erasing_fills_2_to_33_percent_with_noise():
     """Half of 1000 images, w / h from 0.3 to 1 / 0.3, N(0, 1) for each pixel and channel."""
     B, H, W = 1000, 40, 60
@@ -549,19 +616,26 @@ def test_pixels_can_be_brought_to_plus_minus_1():
     + [("folder", "folder:PATH"), ("", "")],
 )
 def test_an_unknown_name_is_refused_with_the_nearest_one(name, nearest):
-    with refusal(repr(name), f"did you mean {nearest}", *data.NAMES):
+    with refusal(repr(name), f"did you mean {nearest}", "photos, fashion-mnist, cifar10, cifar100, folder:PATH"):
         data.load(name)
+
+
+def test_a_folder_is_loaded_by_its_path(monkeypatch):
+    """Which may start with ~."""
+    monkeypatch.setattr(image_folder, "load", lambda path: path)
+    assert data.load("folder:/some/where") == Path("/some/where")
+    assert data.load("folder:~/pets") == Path.home() / "pets"
 
 
 @pytest.mark.parametrize("size", [(32, 32), (32, 48)])
 def test_photographs_are_learned_left_and_tested_right(size, tmp_path, monkeypatch):
-    """Sixteen files of 90 x 60 pixels: blue tells which one, green the row, and only the right third is red.
+    """Sixteen files of about 90 x 60 pixels: blue tells which one, green the row, and only the right third is red.
 
     Training never sees a trace of red: not at the cut, not by interpolation across it.
     """
     for i, name in enumerate(data.PHOTOS):
-        image = torch.zeros(3, 60 + 6 * (i % 4), 90, dtype=torch.uint8)
-        image[0, :, 60:] = 255
+        image = torch.zeros(3, 60 + 6 * (i % 4), 90 + i % 3, dtype=torch.uint8)
+        image[0, :, 60 + (i % 3 > 1) :] = 255  # two thirds, rounded down
         image[1] = torch.arange(image.shape[1])[:, None] * 3
         image[2] = 16 * i
         save_image(photograph(image), tmp_path / "data" / name, format="PNG")  # no loss, whatever its suffix
@@ -588,6 +662,13 @@ def test_photographs_are_learned_left_and_tested_right(size, tmp_path, monkeypat
     equal(images[:, 2].amax(dim=(1, 2)), 16 * labels.numpy(), "a label that names another photograph", 0.1)
     equal(images[:, 2].amin(dim=(1, 2)), 16 * labels.numpy(), "part of the crop is no photograph", 0.1)
 
+    sides = [(60 + 6 * (i % 4), 60 + (i % 3 > 1)) for i in range(16)]  # what is left of each
+    shrink = [min(side) / 1.5 / 32 for side in sides]  # to one and a half times the size: the smallest crops are small
+    assert photos.train.sizes.tolist() == [
+        [round(v / by) for v in side] for side, by in zip(sides, shrink, strict=True)
+    ]
+    assert photos.train.images.shape[-2:] == tuple(photos.train.sizes.amax(dim=0)), "the frame is larger than needed"
+
     assert photos.test.images.shape[-2:] == size, "test crops are resized twice"
     images, labels = colours(photos.test.test_batches(size, 20, CPU))
     assert images.shape == (64, 3, *size)
@@ -596,8 +677,9 @@ def test_photographs_are_learned_left_and_tested_right(size, tmp_path, monkeypat
     equal(images[:, 2].mean(dim=(1, 2)), 16 * labels.numpy(), "a label that names another photograph", 0.1)
     for i in range(16):  # squares of the third's width, from the top to the bottom
         rows = images[labels == i, 1].mean(dim=(1, 2)) / 3
-        height = 60 + 6 * (i % 4)
-        equal(rows, [14.5 + step / 3 * (height - 30) for step in range(4)], "places of the test crops", 1)
+        height, side = 60 + 6 * (i % 4), 30 + (i % 3 > 0)
+        places = [(side - 1) / 2 + step / 3 * (height - side) for step in range(4)]
+        equal(rows, places, "places of the test crops", 0.4)  # a level is a third of a row
 
 
 def test_the_photographs_are_there_and_wide_enough():
@@ -746,7 +828,7 @@ def test_a_damaged_idx_file_is_refused_by_its_name(damage, tmp_path):
     if damage != "too short":  # as it is: 5000 of 60,000 images
         changed = {"cut": content[: len(content) // 2], "overwritten": b"x" * len(content), "empty": b""}
         file.write_bytes(changed[damage])
-    with refusal(file, "damaged", "delete"):
+    with refusal(file, "damaged", "3920016 bytes, not to 47040016" if damage == "too short" else "", "delete"):
         data.load("fashion-mnist", data_dir=tmp_path)
 
 
@@ -767,10 +849,10 @@ def test_a_damaged_cifar_archive_is_refused_by_its_name(name, damage, tmp_path):
 
 
 def test_a_file_that_unpacks_to_too_much_is_refused(tmp_path):
-    """A decompression bomb: 200 MB of zeros in 200 kB. No more than the data set's size is ever unpacked."""
+    """A decompression bomb: 200 MB of zeros in 200 kB. What comes after the data set's size is not even looked at."""
     (tmp_path / "fashion-mnist").mkdir()
     file = tmp_path / "fashion-mnist" / IDX[0]
-    file.write_bytes(gzip.compress(bytes(1_000_000), 1) * 200)
+    file.write_bytes(gzip.compress(bytes(1_000_000), 1) * 200 + b"no gzip")
     with refusal(file, "damaged", "more bytes", "delete"):
         data.load("fashion-mnist", data_dir=tmp_path)
 
@@ -851,7 +933,13 @@ def test_each_file_comes_from_its_official_site_with_its_checksum(
 @pytest.mark.parametrize("name", ["cifar100", "fashion-mnist"])
 def test_without_a_network_the_error_says_where_to_put_the_file(name, downloads, tmp_path):
     folder, file = (tmp_path, CIFAR[name]) if name in CIFAR else (tmp_path / name, IDX[0])
-    with refusal(file, f"not in {folder}", "http", "the cable is cut", "put it there", "--data-dir"):
+    with refusal(
+        file,
+        f"not in {folder}",
+        "http",
+        "the cable is cut",
+        "put it there, or name the folder that has it with --data-dir",
+    ):
         data.load(name, data_dir=tmp_path)
 
 
