@@ -165,7 +165,7 @@ class ViT(nn.Module):
         z = z + positions
         if self.cls_token is not None:
             x_class = self.cls_token + self.pos_embed[:, :1]  # (1, 1, D)
-            z = torch.cat([x_class.expand(len(z), -1, -1).to(z.dtype), z], dim=1)
+            z = torch.cat([x_class.expand(len(z), -1, -1), z], dim=1)  # (B, 1 + n, D)
         return self.norm_pre(self.dropout(z))
 
     def encode(self, images, visible=None, inside=None, corrupt=None):

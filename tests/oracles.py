@@ -17,11 +17,18 @@ import torch
 
 
 def equal(ours, oracle, what="", atol=1e-10):
-    """Same shape and same numbers, or a failure that says what differs."""
+    """Same shape and same numbers, or a failure that says what has to hold, and gives the first number that differs."""
     __tracebackhide__ = True
-    assert tuple(ours.shape) == np.shape(oracle), f"shape {tuple(ours.shape)} instead of {np.shape(oracle)}. {what}"
+    oracle = np.asarray(oracle.detach() if isinstance(oracle, torch.Tensor) else oracle, dtype=float)
+    assert tuple(ours.shape) == oracle.shape, f"{what}\nshape {tuple(ours.shape)} instead of {oracle.shape}"
     ours = ours.detach().double().cpu().numpy()
-    np.testing.assert_allclose(ours, np.asarray(oracle, dtype=float), rtol=0, atol=atol, err_msg=what)
+    wrong = ~(np.abs(ours - oracle) <= atol)  # also where there is no number
+    if wrong.any():
+        at = tuple(int(i) for i in np.argwhere(wrong)[0])
+        found = (
+            f"{ours[at]:.6g} instead of {oracle[at]:.6g} at {list(at)}; {wrong.sum()} of {wrong.size} numbers differ"
+        )
+        raise AssertionError(f"{what}\n{found}")
 
 
 def random(*shape, seed=1):
