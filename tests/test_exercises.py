@@ -1,21 +1,26 @@
-"""The exercises grade truly: blanks fail, the real code passes, and no wrong answer does."""
+"""The exercises grade truly: blanks fail, right answers pass whatever their style, and no wrong one does.
+
+The answers are in right_bodies.py and wrong_bodies.py. Each is graded by the tests of its exercise alone, all in one
+pytest within this one. The plain tests grade those of two exercises, `pytest -m slow tests/test_exercises.py` of all.
+"""
 
 import ast
 import inspect
 import re
+import textwrap
 
 import pytest
 import torch
 from _pytest.runner import runtestprotocol
 
 import vit
-from tests import exercises, test_hpm, test_train, test_vit
+from tests import exercises
 from tests.conftest import exercise_of
-from tests.exercises import EXERCISES, ROOT, ROWS, by_name, definition, in_place, real
+from tests.exercises import EQUATIONS, EXERCISES, ROOT, ROWS, TESTS, by_name, collect, definition, in_place, real
+from tests.right_bodies import RIGHT_BODIES
 from tests.wrong_bodies import WRONG_BODIES
 
 NAMES = [exercise.name for exercise in EXERCISES]
-TESTS = {name: test for module in (test_vit, test_hpm, test_train) for name, test in vars(module).items()}
 QUICK = ("patchify", "relative_loss")  # all together take longer than a coffee
 each_exercise = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in NAMES]
@@ -27,83 +32,129 @@ each_exercise = pytest.mark.parametrize(
 # ---------------------------------------------------------------------------------------------
 
 
-class Trials:
-    """A plugin of a pytest within pytest: runs the tests of one exercise with one body after the other in place."""
+def changed(name, what):
+    """The source of a wrong answer: its own, or the sound one with pieces replaced."""
+    sound, wrong = WRONG_BODIES[name]
+    if isinstance(wrong[what], str):
+        return wrong[what]
+    text, pieces = sound, wrong[what]
+    for old, new in zip(pieces[::2], pieces[1::2], strict=True):
+        count = text.count(old)
+        assert count == 1, (
+            f"tests/wrong_bodies.py, {name}, {what!r}: the sound answer there has {count} pieces {old!r}; write one "
+            "that it has once"
+        )
+        text = text.replace(old, new)
+    return text
 
-    def __init__(self, exercise, bodies):
-        self.exercise, self.bodies = exercise, bodies
-        self.tests, self.failed, self.messages = [], {}, []
+
+def tree_of(name, text):
+    """The syntax tree of an answer: a method stands in its class, all beside it before that."""
+    tree, (*parents, last) = ast.parse(textwrap.dedent(text)), name.split(".")
+    for parent in parents:
+        method = definition(tree, last)
+        tree.body.remove(method)
+        tree.body.append(ast.ClassDef(parent, [], [], [method], [], type_params=[]))
+    return ast.fix_missing_locations(tree)
+
+
+def answers_to(name):
+    """All that is to be graded for an exercise, by what it is: syntax trees."""
+    exercise = by_name(name)
+    text = real(exercise.module)
+    blank = exercises.blank(text, exercise, exercise.path)
+    trees = {("real", ""): ast.parse(text), ("blank", ""): ast.parse(blank)}
+    sound, wrong = WRONG_BODIES[name]
+    right = {"the sound one of wrong_bodies.py": sound} | RIGHT_BODIES[name]
+    trees |= {("right", what): tree_of(name, body) for what, body in right.items()}
+    return trees | {("wrong", what): tree_of(name, changed(name, what)) for what in wrong}
+
+
+class Trials:
+    """A plugin of a pytest within pytest: runs each exercise's tests with one answer after the other in place."""
+
+    def __init__(self, names):
+        self.names = names
+        self.tests, self.failed = {}, {}  # by exercise: test names; by answer: name and message of what failed
 
     def pytest_collection_modifyitems(self, items):
-        items[:] = [item for item in items if exercise_of(item) == self.exercise]
-        self.tests = [item.name for item in items]
+        items[:] = [item for item in items if exercise_of(item) and exercise_of(item).name in self.names]
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session):
-        for what, (text, all_tests) in self.bodies.items():
-            failed = self.failed[what] = []
-            for item in session.items:
-                with in_place(self.exercise, ast.parse(text), self.exercise.path):
-                    reports = runtestprotocol(item, log=False, nextitem=None)
-                if any(report.failed for report in reports):
-                    failed.append(item.name)
-                    self.messages += [report.longrepr.reprcrash.message for report in reports if report.failed]
-                    if not all_tests:
-                        break
+        for name in self.names:
+            items = [item for item in session.items if exercise_of(item).name == name]
+            self.tests[name] = [item.name for item in items]
+            self.failed[name] = {answer: self.grade(name, items, answer, t) for answer, t in answers_to(name).items()}
         return True
 
+    def grade(self, name, items, answer, tree):
+        failed = {}
+        for item in items:
+            with in_place(by_name(name), tree, f"{name}, {' '.join(answer)}".strip()):
+                reports = [r for r in runtestprotocol(item, log=False, nextitem=None) if r.failed]
+            if reports:
+                failed[item.name] = reports[0].longrepr.reprcrash.message
+                if answer[0] == "wrong":  # one is enough
+                    break
+        return failed
 
-def wrong_text(exercise, old, new):
-    """The real file with a piece of one body replaced."""
-    lines = real(exercise.module).split("\n")
-    function = definition(ast.parse("\n".join(lines)), exercise.name)
-    start = exercises.first_line(function)
-    body = "\n".join(lines[start : function.end_lineno])
-    assert body.count(old) == 1, f"{exercise.name} has {body.count(old)} pieces {old!r}: adapt tests/wrong_bodies.py"
-    lines[start : function.end_lineno] = body.replace(old, new).split("\n")
-    return "\n".join(lines)
+
+@pytest.fixture(scope="module")
+def trials(request):
+    """The exercises that tests of this run ask for, graded."""
+    asked = [item.callspec.params["name"] for item in request.session.items if "trials" in item.fixturenames]
+    trials = Trials([name for name in NAMES if name in asked])
+    options = ["-m", "not slow", "-p", "no:cacheprovider", "--tb", "native", "-o", "addopts=-q"]
+    pytest.main([*options, *(str(ROOT / path) for path in TESTS)], plugins=[trials])
+    return trials
+
+
+def failures(trials, name, kind):
+    """What failed for the answers of one kind: {answer: {test: message}}."""
+    return {what: failed for (k, what), failed in trials.failed[name].items() if k == kind}
 
 
 @each_exercise
-def test_a_blank_fails_all_tests_the_real_body_none_and_every_wrong_one_is_caught(name):
-    """So that solved means right. The wrong bodies are in tests/wrong_bodies.py."""
-    exercise = by_name(name)
-    bodies = {what: (wrong_text(exercise, old, new), False) for what, old, new in WRONG_BODIES[name]}
-    text = real(exercise.module)
-    bodies |= {"real": (text, True), "blank": (exercises.blank(text, exercise, exercise.path), True)}
-    trials = Trials(exercise, bodies)
-    file = ROOT / "tests" / f"test_{exercise.module}.py"
-    pytest.main(["-q", "-p", "no:cacheprovider", str(file)], plugins=[trials])
-    assert trials.failed["real"] == [], "the real body fails its own tests"
-    assert trials.failed["blank"] == trials.tests != [], "a test passes without an answer: it grades nothing"
-    typos = [message for message in trials.messages if message.startswith(("NameError", "SyntaxError", "Unbound"))]
-    assert typos == [], "a wrong body fails for another reason than the one it is for"
-    survivors = [what for what, failed in trials.failed.items() if not failed and what != "real"]
-    assert survivors == [], f"wrong answers to {name} that no test marked with it notices"
+def test_the_real_body_passes_and_a_blank_fails_every_test(name, trials):
+    assert failures(trials, name, "real") == {"": {}}, "the real body fails its own tests"
+    blank = failures(trials, name, "blank")[""]
+    assert list(blank) == trials.tests[name] != [], "a test passes without an answer: it grades nothing"
 
 
-def test_each_exercise_has_at_least_three_wrong_bodies():
-    assert list(WRONG_BODIES) == NAMES
-    for name, bodies in WRONG_BODIES.items():
-        assert len({(old, new) for _, old, new in bodies}) == len({what for what, _, _ in bodies}) >= 3, name
+@each_exercise
+def test_right_answers_in_any_style_are_accepted(name, trials):
+    """A test asks for what the docstring promises, and nothing else."""
+    refused = {what: failed for what, failed in failures(trials, name, "right").items() if failed}
+    assert refused == {}, f"right answers to {name} that a test refuses; if its interface changed, change them all"
 
 
-def exercises_of(test):
-    """The names in the marks of a test function, and of its single cases."""
-    for mark in getattr(test, "pytestmark", []):
-        cases = mark.args[1] if mark.name == "parametrize" else []
-        for m in [mark, *(m for case in cases for m in getattr(case, "marks", []))]:
-            if m.name == "exercise":
-                yield m.args[0]
+TYPOS = re.compile("NameError|SyntaxError|UnboundLocalError|AttributeError|ImportError")
+
+
+@each_exercise
+def test_wrong_answers_are_caught_and_told_why(name, trials):
+    """So that solved means right; and each of them for what is wrong with it."""
+    wrong = failures(trials, name, "wrong")
+    unnoticed = [what for what, failed in wrong.items() if not failed]
+    assert unnoticed == [], f"wrong answers to {name} that no test marked with it notices"
+    typos = {what: failed for what, failed in wrong.items() if any(map(TYPOS.match, failed.values()))}
+    assert typos == {}, "they fail for another reason than the one they are for"
+
+
+def test_each_exercise_has_right_and_wrong_answers():
+    assert list(WRONG_BODIES) == list(RIGHT_BODIES) == NAMES
+    for name in NAMES:
+        assert len(WRONG_BODIES[name][1]) >= 3, f"wrong answers to {name}"
+        assert len(RIGHT_BODIES[name]) >= 2, f"right answers to {name}"
+        trees = [ast.dump(tree) for (kind, _), tree in answers_to(name).items() if kind in ("right", "wrong")]
+        assert len(set(trees)) == len(trees), f"two answers to {name} are the same"
 
 
 def test_a_test_grades_one_exercise_and_each_exercise_is_graded():
-    marked = {name: list(exercises_of(test)) for name, test in TESTS.items()}
-    assert {name for names in marked.values() for name in names} == set(NAMES)
-    for test, names in marked.items():
-        assert len(set(names)) == len(names), f"{test} is marked twice"
-        direct = [mark for mark in getattr(TESTS[test], "pytestmark", []) if mark.name == "exercise"]
-        assert len(names) == 1 or not direct, f"{test} is marked, and so are its cases"
+    assert {name for test in collect() for name in test.exercises} == set(NAMES)
+    for test in collect():
+        assert all(len(names) <= 1 for names in test.cases), f"{test.name}, or one of its cases, is marked twice"
 
 
 def test_an_answer_is_in_place_alone_and_with_its_helpers():
@@ -111,31 +162,42 @@ def test_an_answer_is_in_place_alone_and_with_its_helpers():
     tree = ast.parse("""
 import fractions
 from torch import nn
-half = 1 / 2
+half: float = 1 / 2
+SIZES: dict = {"ti": "another"}
+try:
+    import a_module_that_does_not_exist as fast
+except ImportError:
+    fast = None
+table = []
+for step in range(2):
+    table += [step]
 
 def twice(x):
     return fractions.Fraction(2) * x
 
 def patchify(images, patch_size, doubled=half):
-    return twice(patch_size) * doubled
+    return twice(patch_size) * doubled + len(SIZES["b"]) + sum(table), fast
 
 def unpatchify(patches):
     raise NotImplementedError
 
 class Block(nn.Module):
+    factor: int = 2
+
     def helper(self):
-        return math.pi
+        return math.pi * self.factor
 
     def forward(self, z):
         return self.helper()
 """)
     before = {module: dict(vars(module)) for module in (vit, vit.Block)}
     with in_place(by_name("patchify"), tree, "answers.py"):
-        assert vit.patchify(None, 3) == 3
+        assert vit.patchify(None, 3) == (3 + 3 + 1, None)
         assert vit.unpatchify is before[vit]["unpatchify"]
+        assert vit.SIZES is before[vit]["SIZES"]
         assert vit.Block.forward is before[vit.Block]["forward"]
     with in_place(by_name("Block.forward"), tree, "answers.py"):
-        assert vit.Block(8, 2)(None) == torch.pi
+        assert vit.Block(8, 2)(None) == 2 * torch.pi
         assert vit.patchify is before[vit]["patchify"]
     assert {module: dict(vars(module)) for module in (vit, vit.Block)} == before
 
@@ -234,14 +296,18 @@ def test_a_file_that_is_no_python_is_named_with_the_line(folder, capsys):
         assert re.fullmatch(rf"error: .*vit\.py, line {line}: .*\n", error)
 
 
+def write_answer(path, name, text):
+    """Put the definition in `text` in the place of the one in the learner's file."""
+    there = path.read_text(encoding="utf-8")
+    old, new = (ast.get_source_segment(t, definition(ast.parse(t), name)) for t in (there, text))
+    path.write_text(there.replace(old, new), encoding="utf-8")
+
+
 def test_pytest_with_exercises_grades_and_shows_the_progress(folder, capsys):
     """One right answer, one wrong one, the rest not started; then what the wrong one is told, and what comes next."""
     run("start", capsys)
-    wrong = wrong_text(by_name("unpatchify"), "0, 5, 1, 3, 2, 4", "0, 5, 1, 4, 2, 3")
-    for name, source in (("patchify", real("vit")), ("unpatchify", wrong)):
-        text = (folder / "vit.py").read_text(encoding="utf-8")
-        here, there = (ast.get_source_segment(t, definition(ast.parse(t), name)) for t in (text, source))
-        (folder / "vit.py").write_text(text.replace(here, there), encoding="utf-8")
+    write_answer(folder / "vit.py", "patchify", real("vit"))
+    write_answer(folder / "vit.py", "unpatchify", textwrap.dedent(changed("unpatchify", "the grid turned")))
     command = ["--exercises", "-p", "no:cacheprovider", "-k", "patch", str(ROOT / "tests" / "test_vit.py")]
     code, out = pytest.main(command), capsys.readouterr().out
     assert code == pytest.ExitCode.TESTS_FAILED
@@ -254,6 +320,40 @@ def test_pytest_with_exercises_grades_and_shows_the_progress(folder, capsys):
     assert all(f"- {reason}" in out for reason in by_name("unpatchify").usual.split("; "))
     assert out.count("usual reasons") == 1, "one failure an exercise"
     assert f"1 of {len(NAMES)} solved. Next: exercise 2, unpatchify; read notebooks/01_image_to_tokens.ipynb." in out
+
+
+def pytest_on(path, *options):
+    """A pytest on a file of tests elsewhere, with the project's conftest: its exit code."""
+    config = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(path.parent), "-p", "no:cacheprovider"]
+    return pytest.main([*config, "-p", "tests.conftest", *options, str(path)])
+
+
+@pytest.mark.parametrize("written", ["return alpha_0 + t / T * alpha_T", "return undefined_name", "1 / 0"])
+def test_no_parameter_of_a_test_keeps_an_answer_from_being_graded(written, folder, tmp_path, capsys):
+    """A fixture once put answers in place: a test with a parameter of that name graded the real code, unseen."""
+    names = ["answer", "answers", "grading", "exercise", "exercises", "in_place"]
+    (tmp_path / "test_parameters.py").write_text(f"""
+import pytest, hpm
+
+@pytest.fixture(autouse=True)
+def answer():
+    pass
+
+@pytest.mark.exercise("hard_fraction")
+@pytest.mark.parametrize({names}, [range({len(names)})])
+def test_with_parameters({", ".join(names)}):
+    assert hpm.hard_fraction(1, 2, 0.5, 1.0) == 0.75
+""")
+    run("start", capsys)
+    for body, expected in (("return alpha_0 + t / T * (alpha_T - alpha_0)", "solved"), (written, "failing")):
+        answer = f"def hard_fraction(t, T, alpha_0=0.0, alpha_T=0.5):\n    {body}"
+        write_answer(folder / "hpm.py", "hard_fraction", answer)
+        code, out = pytest_on(tmp_path / "test_parameters.py", "--exercises"), capsys.readouterr().out
+        assert code == (0 if expected == "solved" else pytest.ExitCode.TESTS_FAILED)
+        assert re.search(rf" hard_fraction .* {expected}$", out, re.MULTILINE), out
+    import hpm
+
+    assert hpm.hard_fraction(1, 2, 0.5, 1.0) == 0.75, "the answer is still in place"
 
 
 def test_without_exercises_pytest_says_how_to_start(folder, capfd):
@@ -274,16 +374,55 @@ def test_each_equation_is_cited_taught_tested_and_an_exercise(number):
     assert exercises.section(number), f"no heading in notebooks/{row.notebook}.ipynb ends in (row {number})"
     names = {exercise.name for exercise in EXERCISES if number in exercise.rows}
     assert names, f"no exercise belongs to row {number}"
-    for test in row.tests.split():
-        assert names & set(exercises_of(TESTS[test])), f"{test} grades no exercise of row {number}"
-        assert re.search("loops|oracle|reference", inspect.getsource(TESTS[test])), f"{test} has no oracle"
+    for equation in row.equations:
+        tests = [test for test in collect() if equation in test.equations]
+        assert tests, f'no test is marked equation("{equation}")'
+        assert any(names & test.exercises for test in tests), (
+            f"no test of {equation} grades an exercise of row {number}"
+        )
+        sources = [inspect.getsource(test.function) for test in tests]
+        assert any(re.search("loops|oracle|reference", source) for source in sources), f"{equation} has no oracle"
+
+
+@pytest.mark.parametrize("equation", ["ViT 6", "HPM relative"])
+def test_pytest_finds_the_tests_of_an_equation(equation, tmp_path, capsys):
+    """Those with its mark, on the function or on a single case, and no others."""
+    other = next(name for name in EQUATIONS if name != equation)
+    (tmp_path / "test_equations.py").write_text(f"""
+import pytest
+
+@pytest.mark.equation("{equation}")
+def test_one(): pass
+
+@pytest.mark.equation("{other}", "{equation}")
+def test_two(): pass
+
+@pytest.mark.parametrize("x", [0, pytest.param(1, marks=pytest.mark.equation("{equation}"))])
+@pytest.mark.equation("{other}")
+def test_three(x): pass
+
+def test_four(): pass
+""")
+    assert pytest_on(tmp_path / "test_equations.py", "--equation", equation, "-vv") == 0
+    found = re.findall(r"::(test_\w+\S*) PASSED", capsys.readouterr().out)
+    assert found == ["test_one", "test_two", "test_three[1]"]
+
+
+@pytest.mark.parametrize(("mark", "option"), [("ViT 99", None), ("ViT 6", "ViT 99")])
+def test_an_unknown_equation_is_refused_with_all_that_there_are(mark, option, tmp_path, capfd):
+    (tmp_path / "test_equations.py").write_text(
+        f'import pytest\n\n@pytest.mark.equation("{mark}")\ndef test_one(): pass\n'
+    )
+    options = ["--equation", option] if option else []
+    assert pytest_on(tmp_path / "test_equations.py", *options) == pytest.ExitCode.USAGE_ERROR
+    assert f"no equation 'ViT 99'; there are {', '.join(EQUATIONS)}" in "".join(capfd.readouterr())
 
 
 def test_the_exercises_follow_the_ledger():
     first = [exercise.rows[0] for exercise in EXERCISES]
     assert first == sorted(first)
-    assert len(EXERCISES) >= 24
     assert {row for exercise in EXERCISES for row in exercise.rows} == set(range(1, len(ROWS) + 1))
+    assert len(set(EQUATIONS)) == len(EQUATIONS)
 
 
 def test_the_notebook_of_an_exercise_names_it():
@@ -297,10 +436,9 @@ def test_the_table_of_the_ledger_is_that_of_the_code():
     assert text == exercises.ledger(), "write it anew: python -m tests.exercises ledger"
 
 
-def test_the_readme_shows_the_exercises_as_they_are():
-    """The columns of its progress table, but for the line numbers and the states."""
+def test_the_readme_says_how_to_start_and_how_many_there_are():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    ours = exercises.progress(dict.fromkeys(NAMES, "solved"))[1:]
-    shown = [line for line in text.splitlines() if re.match(r" ?\d+  \d+[ ,]", line)]
-    assert len(shown) == len(NAMES)
-    assert [line.split(" exercises/")[0] for line in shown] == [line.split(" exercises/")[0] for line in ours]
+    for command in ("python -m tests.exercises start", "pytest --exercises"):
+        assert command in text
+    numbers = re.findall(r"\b(\d+)(?: of the)? exercises\b", text)
+    assert set(numbers) <= {str(len(EXERCISES))}
