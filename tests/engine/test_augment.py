@@ -252,17 +252,20 @@ def test_blend_mixes_neighbours_and_targets_by_the_pixels_share(B):
     equal(ours[1].sum(dim=1), np.ones(B), "targets sum to 1")
 
 
-def test_everything_is_done_on_the_device_of_the_images():
-    """ "meta" is a device without numbers: whatever was made on another one would not go with it."""
+def test_everything_is_done_on_the_device_of_the_images(waits):
+    """And nothing is copied there or read from it. "meta" is a device without numbers."""
     images, draw = torch.ones(3, 2, 6, 7, device="meta"), torch.rand(3, 5, device="meta")
-    weight, targets = draw[:, 0], torch.ones(3, 4, device="meta")
-    for out, shape in (
-        (augment.padded_crop(images, draw, 2), (3, 2, 6, 7)),
-        (augment.random_resized_crop(images, (6, 7), draw, (0.2, 1.0), (4, 5)), (3, 2, 4, 5)),
-        (augment.resize(images, (6, 7), (4, 5)), (3, 2, 4, 5)),
-        (augment.erase(images, draw, images, 0.5), (3, 2, 6, 7)),
-        (augment.mixup_weights(weight, (6, 7)), (3, 1, 6, 7)),
-        (augment.cutmix_weights(weight, draw[:, :2], (6, 7)), (3, 1, 6, 7)),
-        (augment.blend(images, targets, images[:, :1])[0], (3, 2, 6, 7)),
-    ):
+    targets = torch.ones(3, 4, device="meta")
+    with waits() as seen:
+        outs = (
+            (augment.padded_crop(images, draw, 2), (3, 2, 6, 7)),
+            (augment.random_resized_crop(images, (6, 7), draw, (0.2, 1.0), (4, 5)), (3, 2, 4, 5)),
+            (augment.resize(images, (6, 7), (4, 5)), (3, 2, 4, 5)),
+            (augment.erase(images, draw, images, 0.5), (3, 2, 6, 7)),
+            (augment.mixup_weights(draw[:, 0], (6, 7)), (3, 1, 6, 7)),
+            (augment.cutmix_weights(draw[:, 0], draw[:, :2], (6, 7)), (3, 1, 6, 7)),
+            (augment.blend(images, targets, images[:, :1])[0], (3, 2, 6, 7)),
+        )
+    assert seen.reads == seen.copies == []
+    for out, shape in outs:
         assert (out.device.type, tuple(out.shape)) == ("meta", shape)
