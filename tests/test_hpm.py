@@ -195,6 +195,14 @@ def test_masks_equal_the_loops(grid, ratio):
             assert mask.tolist() == loops(), f"{kind} {picture(mask, grid)}"
 
 
+@pytest.mark.equation("masks")
+def test_what_40_rectangles_leave_is_left_to_noise():
+    """At 97 % of 64 patches two stay visible: most often corners, which few rectangles reach."""
+    draw = uniform(64, 64, 5, seed=8)
+    for row, mask in zip(draw.tolist(), hpm.block_mask(draw, (8, 8), 0.97).tolist(), strict=True):
+        assert mask == oracles.block_mask_loops(row, (8, 8), 0.97)
+
+
 def shares(mask):
     """How often each patch, and each pair of patches, is hidden: (N), (N, N)."""
     mask = mask.double()
@@ -260,7 +268,8 @@ def test_blocks_are_tall_and_wide_alike(block_noise):
     """A ratio of 5 % hides ten patches of the first rectangle; the box around them tells its shape.
 
     Of the rectangles 46 % are taller than wide, 46 % wider than tall, 24 % twice as tall and 24 % twice as wide; a box
-    around ten of their patches is a little smaller at times. 5 standard deviations of a share of 2,000 are 5.6 %.
+    around ten of their patches is a little smaller at times: 30 patches on average, by three seeds, and by 9 from that.
+    Five standard deviations of a share of 2,000 are 5.6 %, of that average 1.
     """
     grid = (14, 14)
     mask = hpm.block_mask(block_noise, grid, 0.05)
@@ -273,10 +282,10 @@ def test_blocks_are_tall_and_wide_alike(block_noise):
             f"{share:.0%} of the blocks are {what}, 46 % should be, {example}"
         )
         assert twice == pytest.approx(0.23, abs=0.08), f"{twice:.0%} are so twice, 24 % should be, {example}"
-    assert (height * width).max() <= 56, f"no block is larger than 25 % of the grid and its rounding, {example}"
-    assert (height * width).double().mean() == pytest.approx(30, abs=3), (
-        f"the blocks' mean area is 32 patches, {example}"
-    )
+    area = (height * width).double()
+    assert area.max() <= 56, f"a block of {int(area.max())} patches; 25 % of the grid are 49, and a few by rounding"
+    assert area.mean().item() == pytest.approx(30, abs=2), f"boxes of {area.mean():.1f} patches on average, not 30"
+    assert area.std().item() == pytest.approx(9, abs=2), f"a standard deviation of {area.std():.1f} patches, not 9"
 
 
 @pytest.mark.equation("masks")
@@ -284,14 +293,14 @@ def test_blocks_are_tall_and_wide_alike(block_noise):
 def test_blocks_lie_at_every_place_equally_often(block_noise):
     """A rectangle of height h has 14 - h + 1 places: 12 % touch the border, on each side; its centre is 7 on average.
 
-    Ten patches of it reach a little less far, so 9 % to 12 %; bounds as above.
+    Ten patches of it reach a little less far, 9 to 11 % by three seeds; bounds as above.
     """
     grid = (14, 14)
     mask = hpm.block_mask(block_noise, grid, 0.05)
     top, bottom, left, right = boxes(mask, grid).T
     for side, touches in dict(top=top == 0, bottom=bottom == 13, left=left == 0, right=right == 13).items():
         share = touches.double().mean().item()
-        assert share == pytest.approx(0.11, abs=0.05), f"{share:.1%} of the blocks touch the {side}, 11 % should"
+        assert share == pytest.approx(0.1, abs=0.05), f"{share:.1%} of the blocks touch the {side}, 10 % should"
     for what, first, last in (("row", top, bottom), ("column", left, right)):
         centre = ((first + last + 1) / 2).mean().item()
         assert centre == pytest.approx(7, abs=0.35), f"the blocks' mean {what} is {centre:.1f} of 14"
@@ -430,6 +439,11 @@ def test_hog_has_a_bin_for_an_angle_that_rounds_to_pi():
 @pytest.mark.exercise("hog")
 def test_hog_of_a_flat_image_is_zero():
     equal(hpm.hog(torch.full((1, 3, 16, 16), 0.7), 8), np.zeros((1, 4, 27)), "0 / 0?", atol=1e-6)
+
+
+def test_hog_does_not_blow_up_the_noise_of_flat_cells():
+    """A slope of 1e-8 is rounding; lengths below 1e-5 are not scaled to 1."""
+    assert hpm.hog(0.7 + 1e-8 * random(1, 1, 16, 16), 8).abs().max() < 0.01
 
 
 # ---------------------------------------------------------------------------------------------
@@ -681,7 +695,7 @@ def loss_of(predictor):
 
 
 @each_loss
-@pytest.mark.parametrize(("batch", "n"), [(4, 7), (1, 5), (3, 2)])
+@pytest.mark.parametrize(("batch", "n"), [(4, 7), (1, 5), (3, 2), (1, 2)])
 def test_the_predictors_loss_and_gradient_equal_the_loops(predictor, batch, n):
     """Of several images, of one, and of one pair. 1e-5: nobody promised where the epsilon of the variance stands."""
     predicted, true = random(batch, n).requires_grad_(), random(batch, n, seed=2).exp()
@@ -1236,6 +1250,10 @@ def test_masks_are_made_on_the_device(kind, waits):
     assert seen.reads == seen.copies == []
 
 
+def test_hog_is_made_on_the_device():
+    assert hpm.hog(torch.empty(1, 2, 8, 8, device="meta"), 4).device.type == "meta"
+
+
 # ---------------------------------------------------------------------------------------------
 # create
 # ---------------------------------------------------------------------------------------------
@@ -1299,6 +1317,17 @@ def test_the_defaults_are_the_papers():
     )  # fmt: skip
     assert (model.student.encoder.img_size, model.hidden) == ((224, 224), 147)
     assert (model.student.decoder.pred.out_features, model.student.loss_predictor.pred.out_features) == (768, 1)
+
+
+def test_a_student_alone_makes_the_papers_hpm():
+    """`HPM(student)` has the same defaults as `create`."""
+    model = small()
+    alone, images = hpm.HPM(model.student), images_of(model)
+    alone.teacher.load_state_dict(model.teacher.state_dict())
+    ours, theirs = (m(images, uniform(3, 24), 0.5) for m in (alone, model))
+    assert torch.equal(ours["mask"], theirs["mask"])
+    assert torch.equal(ours["loss"], theirs["loss"])
+    assert not any(p.requires_grad for p in alone.teacher.parameters())
 
 
 @pytest.mark.parametrize(
