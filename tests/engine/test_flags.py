@@ -334,7 +334,8 @@ def positions_of(steps_of, command):
 
 def gelu_by_formula(steps_of, command):
     """x Φ(x), or its approximation by tanh (Hendrycks and Gimpel 2016, section 2), of the first block's MLP."""
-    mlp = first(steps_of, command).model.blocks[0].mlp
+    model = first(steps_of, command).model
+    mlp = (model if hasattr(model, "blocks") else model.student.encoder).blocks[0].mlp
     w1, b1, w2, b2 = (p.detach().double().numpy() for p in mlp.parameters())
     x = np.linspace(-3, 3, 64)
     h = w1 @ x + b1
@@ -583,6 +584,7 @@ TABLE = {
     }, positions_of),
     "--gelu": (MICRO, {
         "": ["exact"], "--gelu exact": ["exact"], "--gelu none": ["exact"], "--gelu tanh": ["tanh"],
+        "--task mae": ["exact"], "--task mae --gelu tanh": ["tanh"],
     }, gelu_by_formula),
     "--pixels": (MICRO, {"": (-2, 2), "--pixels own": (-2, 2), "--pixels half": (-1, 1)}, black_and_white),
     "--mask-ratio": (HPM, {"": 12 / 16, "--mask-ratio 0.5": 8 / 16, "--mask-ratio 0.3": 5 / 16}, masked_share),

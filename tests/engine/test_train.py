@@ -403,6 +403,35 @@ def test_the_loop_asks_for_its_rows_of_every_batch(steps_of, monkeypatch):
     assert torch.equal(half[0].calls[0][0][0], whole[0].calls[0][0][0][2:]), "what the model saw"
 
 
+def test_crops_of_the_recipe_reach_the_batches(steps_of, monkeypatch):
+    """Boxes of photographs, resized; mirrored images of Fashion-MNIST; shifts by up to 4 pixels of CIFAR's, mirrored or
+    not. Every image is looked for among all that could be made so of all training images."""
+
+    def images_of(name):
+        monkeypatch.setattr(data, "fashion_mnist", lambda path: small_photos()._replace(name=name))
+        return steps_of(f"{MICRO} --data fashion-mnist --batch-size 12 --out {name}")[0].images
+
+    own = data.normalise(small_photos().train.images, *PLAIN)
+    black = -2.0  # of 0, with these statistics
+    shifts = torch.nn.functional.pad(own, (4, 4, 4, 4), value=black).unfold(2, 16, 1).unfold(3, 16, 1)
+    shifts = shifts.permute(2, 3, 0, 1, 4, 5)  # (9, 9, 24, 3, 16, 16)
+
+    def found(images, shifts):
+        return [
+            [bool((kind == image).flatten(3).all(dim=3).any()) for kind in (shifts, shifts.flip(-1))]
+            for image in images
+        ]
+
+    still, mirrored = zip(*found(images_of("fashion-mnist"), shifts[4:5, 4:5]), strict=True)
+    assert all(a != b for a, b in zip(still, mirrored, strict=True))
+    assert any(still)
+    assert any(mirrored)
+    images = images_of("cifar10")
+    assert all(any(pair) for pair in found(images, shifts))
+    assert not all(any(pair) for pair in found(images, shifts[4:5, 4:5])), "some are shifted"
+    assert not any(any(pair) for pair in found(steps_of(f"{MICRO} --out photos")[0].images, shifts)), "resized"
+
+
 STEPS = [
     "--mixup 0.8 --cutmix 1 --erasing 0.5 --smoothing 0.1 --dropout 0.1 --drop-path 0.1 --polyak 0.9",
     "--task mpp",
