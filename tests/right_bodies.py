@@ -501,6 +501,7 @@ RIGHT_BODIES["hog"] = {
             strength = torch.hypot(dy, dx)
             angle = torch.atan2(dy, dx)
             angle = torch.where(angle < 0, angle + math.pi, angle)
+            angle = torch.where(angle >= math.pi, 0.0, angle)
             bin_of = torch.floor(angle / math.pi * bins).clamp(0, bins - 1)
             votes = torch.stack([(bin_of == b) * strength for b in range(bins)], dim=2)
             B, C, _, H, W = votes.shape
@@ -589,34 +590,30 @@ RIGHT_BODIES["random_mask"] = {
 }
 
 RIGHT_BODIES["block_mask"] = {
-    "blocks laid one after the other, by loops": """
+    "blocks laid one after the other": """
         def block_mask(draw, grid, ratio):
             rows, columns = grid
             hidden = count_hidden(rows * columns, ratio)
-            mask = torch.zeros(len(draw), rows, columns, dtype=torch.bool)
-            for b in range(len(draw)):
-                noise = draw[b, :, 4].reshape(rows, columns)
-                for area, aspect, top, left, _ in draw[b, :40].tolist():
+            mask = torch.zeros(len(draw), rows * columns, dtype=torch.bool)
+            for row, image in zip(draw, mask):
+                for area, aspect, top, left, _ in row[:40].tolist():
                     area = max(4, rows * columns * (0.08 + 0.17 * area))
                     aspect = math.exp(math.log(0.3) * (1 - 2 * aspect))
                     height = min(rows, round(math.sqrt(area * aspect)))
                     width = min(columns, round(math.sqrt(area / aspect)))
                     y, x = int(top * (rows - height + 1)), int(left * (columns - width + 1))
-                    block = torch.zeros(rows, columns, dtype=torch.bool)
-                    block[y : y + height, x : x + width] = True
-                    missing = hidden - int(mask[b].sum())
-                    new = (block & ~mask[b]).nonzero().tolist()
-                    if len(new) > missing:
-                        new = sorted(new, key=lambda place: noise[tuple(place)].item())[:missing]
-                    for place in new:
-                        mask[b][tuple(place)] = True
-                free = (~mask[b]).nonzero().tolist()
-                missing = hidden - int(mask[b].sum())
-                for place in sorted(free, key=lambda place: -noise[tuple(place)].item())[:missing]:
-                    mask[b][tuple(place)] = True
-            return mask.flatten(1)
+                    whole = image.clone()
+                    whole.view(rows, columns)[y : y + height, x : x + width] = True
+                    if whole.sum() >= hidden:
+                        break
+                    image.copy_(whole)
+                else:
+                    whole = torch.ones_like(image)
+                new = (whole & ~image).nonzero()[:, 0]
+                image[new[row[new, 4].argsort()][: hidden - int(image.sum())]] = True
+            return mask
         """,
-    "a score that grows by powers of two": """
+    "scores from the last block to the first": """
         def block_mask(draw, grid, ratio):
             (rows, columns), (B, N, _) = grid, draw.shape
             blocks = min(40, N)

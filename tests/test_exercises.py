@@ -129,7 +129,7 @@ def test_right_answers_in_any_style_are_accepted(name, trials):
     assert refused == {}, f"right answers to {name} that a test refuses; if its interface changed, change them all"
 
 
-TYPOS = re.compile("NameError|SyntaxError|UnboundLocalError|AttributeError|ImportError")
+TYPOS = re.compile("NameError|SyntaxError|UnboundLocalError|ImportError|AttributeError: '[A-Z]")
 
 
 @each_exercise

@@ -961,10 +961,6 @@ WRONG_BODIES["random_mask"] = (
         ),
         "0 and 1": ("hide_largest(noise, hidden)", "hide_largest(noise, hidden).to(noise)"),
         "one image loses its axis": ("hide_largest(noise, hidden)", "hide_largest(noise, hidden).squeeze(0)"),
-        "any ratio accepted": (
-            "count_hidden(noise.shape[1], ratio)",
-            "noise.shape[1] - int(noise.shape[1] * (1 - ratio))",
-        ),
     },
 )
 
