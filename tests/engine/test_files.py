@@ -35,7 +35,7 @@ class Killed(BaseException):
     """Stands in for kill -9."""
 
 
-def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+def test_a_file_reaches_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     """fsync of the very file that is renamed, after its last byte: a name alone may reach the disk before the data."""
     path, events = tmp_path / "file", []
     path.write_text("old")
@@ -76,7 +76,7 @@ def test_a_write_that_fails_leaves_what_was_there(error, tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["fsync", "first rename", "second rename", "afterwards"])
-def test_at_every_moment_the_new_file_or_the_previous_one_is_whole(moment, tmp_path, monkeypatch):
+def test_at_every_moment_the_newest_or_previous_file_is_whole(moment, tmp_path, monkeypatch):
     """Killed between any two steps: what one would read first, else second, is whole."""
     path, previous, replace = tmp_path / "last", tmp_path / "previous", Path.replace
     path.write_text("2")
@@ -243,7 +243,7 @@ def test_a_lock_that_another_process_has_is_waited_for(tmp_path):
     other.join(60)
 
 
-def test_a_lock_dies_with_its_process_though_its_data_workers_live(tmp_path):
+def test_a_lock_dies_with_its_process_though_workers_live(tmp_path):
     """kill -9 leaves no time to let go; a forked worker that had inherited the lock would keep it."""
     receive, send = fork.Pipe(duplex=False)
 
@@ -269,7 +269,7 @@ def test_a_lock_dies_with_its_process_though_its_data_workers_live(tmp_path):
         os.kill(worker, signal.SIGKILL)
 
 
-def test_what_is_no_folder_is_an_error_and_not_waited_for(tmp_path):
+def test_what_is_no_folder_is_not_waited_for(tmp_path):
     """Apart from a lock that another process has."""
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file") as error:
@@ -328,7 +328,7 @@ def test_a_file_with_another_checksum_is_refused_and_not_kept(checksum, site, ur
     assert files.download(url, path, checksum).read_bytes() == CONTENT
 
 
-def test_a_file_of_the_wrong_kind_is_refused_and_not_kept(site, url, path):
+def test_a_file_of_the_wrong_kind_is_not_kept(site, url, path):
     def check(part):
         assert part.read_bytes() == CONTENT
         assert not path.exists(), "another process would take it"

@@ -312,7 +312,7 @@ WRAPS = {
 
 
 @pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS.keys())
-def test_a_model_is_taken_out_of_what_training_scripts_save_around_it(wrap, save):
+def test_a_model_is_taken_out_of_its_wrappers(wrap, save):
     """The names are timm's, as in DeiT, DINO and fine-tuned MAE: nothing is left to do then."""
     state = filled(small().state_dict())
     path = save(wrap(state), "vit.pth")
@@ -330,7 +330,7 @@ def test_student_or_teacher_is_chosen_where_a_file_holds_both(tmp_path, names, w
     same(weights.read(path), both["student"])
 
 
-def test_a_file_with_one_model_gives_it_whichever_is_asked_for(save):
+def test_a_file_with_one_model_gives_it_to_both(save):
     state = filled(small().state_dict())
     for name in ("model", "student", "teacher"):
         path = save({name: state}, "vit.pth")
@@ -353,7 +353,7 @@ def test_a_file_with_one_model_gives_it_whichever_is_asked_for(save):
     ],
     ids=["other net", "ResNet", "empty", "list", "numbers as names", "list as model", "a number as weight"],
 )
-def test_a_file_without_a_vit_is_refused_and_its_first_keys_shown(content, match, save):
+def test_a_file_without_a_vit_is_refused_by_its_keys(content, match, save):
     one_line(save(content, "vit.pth"), match)
 
 
@@ -453,7 +453,7 @@ def test_the_official_hpm_predictor_becomes_the_mean_of_its_outputs(tmp_path, dt
         assert outputs.mean(-1).std() > 0.01
 
 
-def test_every_weight_of_an_official_masked_autoencoder_lands_where_it_belongs(save):
+def test_every_weight_of_an_official_file_lands_where_it_belongs(save):
     """Read off their forward pass and ours, part by part."""
     file = official_file()
     model = autoencoder(save({"model": file}, "mae.pth")).state_dict()
@@ -472,11 +472,12 @@ def test_every_weight_of_an_official_masked_autoencoder_lands_where_it_belongs(s
     ):
         assert torch.equal(model[ours], file[theirs]), f"{theirs} is not {ours}"
     assert len(model) == len(file)
-    torch.testing.assert_close(model["loss_predictor.pred.bias"], file["decoder_pred_losspred.bias"].mean()[None])
+    mean = file["decoder_pred_losspred.bias"].double().mean()[None]
+    oracles.equal(model["loss_predictor.pred.bias"], mean.numpy(), atol=1e-7)  # rounded to float32
 
 
 @pytest.mark.parametrize("which", ["student", "teacher"])
-def test_the_official_hpm_file_gives_student_or_teacher_with_decoders(which, save):
+def test_the_official_hpm_file_gives_student_or_teacher(which, save):
     """Their names in it: `state_dict` is the student, `ema_state_dict` the teacher, `model` only a name."""
     both = {"state_dict": official_file(), "ema_state_dict": {n: v / 2 for n, v in official_file().items()}}
     for name in ("pos_embed", "decoder_pos_embed"):  # fixed, and the same in both
@@ -495,7 +496,7 @@ def test_the_official_hpm_file_gives_student_or_teacher_with_decoders(which, sav
         ("no decoder_pred", False, "left at the initial value: decoder.pred.bias, decoder.pred.weight"),
     ],
 )
-def test_parts_that_only_the_file_or_only_the_model_has_are_named(file, has_predictor, note, save):
+def test_parts_that_only_file_or_model_has_are_named(file, has_predictor, note, save):
     """What both have is loaded, what only the model has stays as it was."""
     content = official_file(loss_predictor=file == "hpm")
     if file == "encoder":
@@ -523,7 +524,7 @@ def test_parts_that_only_the_file_or_only_the_model_has_are_named(file, has_pred
         (dict(d=64), r"\(1, 1, 32\), this model's \(1, 1, 64\)"),
     ],
 )
-def test_decoders_of_another_size_are_refused_and_nothing_is_loaded(here, match, save):
+def test_decoders_of_another_size_leave_the_model_unchanged(here, match, save):
     """The encoder would fit: it may not be loaded before the decoders have been looked at."""
     model, path = student(**here), save(official_file(), "mae.pth")
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -532,7 +533,7 @@ def test_decoders_of_another_size_are_refused_and_nothing_is_loaded(here, match,
     same(model.state_dict(), before)
 
 
-def test_a_decoder_for_another_target_keeps_all_but_its_last_layer(save):
+def test_a_decoder_for_another_target_leaves_its_last_layer(save):
     """As a classifier for other classes does with its head: to go on from pixels to features."""
     model, file = student(outputs=27), official_file()
     notes = weights.load(model, save(file, "mae.pth"))
@@ -540,7 +541,7 @@ def test_a_decoder_for_another_target_keeps_all_but_its_last_layer(save):
     assert torch.equal(model.decoder.norm.weight, file["decoder_norm.weight"])
 
 
-def test_a_masked_autoencoder_for_another_image_size_gets_positions_for_it(save):
+def test_an_autoencoder_of_another_image_size_gets_its_positions(save):
     """Of encoder and decoders, by the formula, and it is said once."""
     model = student(img_size=(48, 64))
     notes = weights.load(model, save(official_file(), "mae.pth"))
@@ -647,7 +648,7 @@ def test_the_formula_is_recognised_in_a_model_that_learns_positions(save):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_the_formula_is_recognised_up_to_the_precision_of_the_file(dtype):
+def test_the_formula_is_recognised_up_to_the_files_precision(dtype):
     """Half of a unit in the last place near 1: 2^-9 in bfloat16, 2^-12 in float16, both below the 1e-2 allowed."""
     pos_embed = vit.sincos_pos_embed(8, (3, 4)).to(dtype)
     assert weights.follow_formula(pos_embed, [(3, 4)], 1)
@@ -656,7 +657,7 @@ def test_the_formula_is_recognised_up_to_the_precision_of_the_file(dtype):
     assert not weights.follow_formula(pos_embed, [(3, 4)], 1)
 
 
-def test_positions_of_a_grid_that_is_not_square_need_the_same_grid(save):
+def test_positions_of_an_oblong_grid_need_the_same_grid(save):
     """A file does not say which grid its positions fill. On the model's own they load; else only a square is sure."""
     first, second = oracles.filled(square(img_size=(4, 6))), square(img_size=(4, 6)).double()  # 2x3
     path = save(first.state_dict(), "vit.pt")
@@ -689,7 +690,7 @@ def test_relative_positions_need_the_grid_of_the_file(save):
     load(again, path)
 
 
-def test_a_class_token_that_the_file_lacks_keeps_its_initial_value(save):
+def test_a_class_token_missing_from_the_file_keeps_its_value(save):
     """And so does its position; the patches get theirs."""
     state, model = timm_file(), oracles.filled(square())
     x_class, position = model.cls_token.clone(), model.pos_embed[:, :1].clone()
@@ -700,7 +701,7 @@ def test_a_class_token_that_the_file_lacks_keeps_its_initial_value(save):
     assert torch.equal(model.pos_embed, torch.cat([position, state["pos_embed"]], dim=1))
 
 
-def test_a_class_token_that_the_model_lacks_goes_with_its_position(save):
+def test_a_class_token_missing_from_the_model_is_left_out(save):
     """The patches keep theirs, untouched: on the same grid nothing is interpolated, and no note may say so."""
     state, model = timm_file(), square(pool="mean", class_token=False).double()
     notes = weights.load(model, save(state, "vit.pt"))
@@ -718,7 +719,7 @@ def test_a_head_for_other_classes_keeps_its_initial_value(save):
 
 
 @pytest.mark.parametrize("img_size", [6, 4], ids=["same grid", "other grid"])
-def test_what_a_file_lacks_and_what_is_not_used_is_said(save, img_size):
+def test_what_is_lacking_and_what_is_unused_is_said(save, img_size):
     """A pre-trained MAE: no head, a norm that a mean-pooling model does not have, and a decoder."""
     state, model = timm_file(), square(img_size=img_size, pool="mean")
     state["decoder_pred.weight"], state["decoder_pred.bias"] = state.pop("head.weight"), state.pop("head.bias")
@@ -848,7 +849,7 @@ def clip_numpy(image, w, heads, P):
     return norm(x, "ln_post") @ w["proj"]
 
 
-def test_a_clip_file_gives_the_projected_features_of_its_visual_tower(tiny, save):
+def test_a_clip_file_gives_projected_features_of_its_visual_tower(tiny, save):
     """Its own names and its own arithmetic; the text tower is left alone."""
     state, images = clip_file(), oracles.random(2, 3, 12, 12)
     frozen = weights.load_frozen("clip", tiny, 12, save(state, "clip.pt"))
@@ -956,7 +957,7 @@ def test_hugging_faces_names_are_read(save, kind, model):
 
 
 @pytest.mark.parametrize("missing", ["attn.k.bias", "attn.v.weight"])
-def test_q_k_and_v_have_to_be_three_of_one_shape(save, missing):
+def test_q_k_and_v_have_to_have_one_shape(save, missing):
     block, what = HUGGING_FACE_BLOCK["files"], missing.rpartition(".")[2]
     file = hugging_face_file(filled(small().state_dict()), "files")
     name = f"vit.encoder.layer.0.{block[missing.rpartition('.')[0]]}.{what}"
@@ -1076,13 +1077,13 @@ def equal_reconstructions(ours, peer, img_size, batch=3, atol=1e-10):
 
 @pytest.mark.parametrize("norm_pix_loss", [False, True], ids=["pixels", "normalised pixels"])
 @pytest.mark.parametrize("names", ["file", "file of this version", "inside"])
-def test_hugging_face_masked_autoencoder_gives_equal_reconstructions_and_loss(tmp_path, names, norm_pix_loss):
+def test_hugging_face_mae_gives_equal_reconstructions_and_loss(tmp_path, names, norm_pix_loss):
     """The public files say decoder_layers; version 5 writes another name, and has a third one inside."""
     peer, path = hugging_face_mae(tmp_path, names, norm_pix_loss=norm_pix_loss)
     equal_reconstructions(autoencoder(path, loss_predictor=False), peer, 32)
 
 
-def test_a_masked_autoencoder_with_positions_of_its_own_gives_equal_reconstructions(tmp_path):
+def test_positions_of_its_own_give_equal_reconstructions(tmp_path):
     """Whatever its positions are, the function of the file is what they make of it."""
     peer, path = hugging_face_mae(tmp_path, "file", formula=False)
     ours = student(loss_predictor=False).eval()
@@ -1092,7 +1093,7 @@ def test_a_masked_autoencoder_with_positions_of_its_own_gives_equal_reconstructi
 
 @pytest.mark.slow
 @pytest.mark.parametrize("img_size", [224, 384])
-def test_hugging_face_masked_autoencoder_of_vit_b16_gives_equal_reconstructions(tmp_path, img_size):
+def test_hugging_face_mae_of_vit_b16_gives_equal_reconstructions(tmp_path, img_size):
     """With the eps of its public files, which is not that of MAE's code."""
     size = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, patch_size=16)
     size |= dict(decoder_hidden_size=512, decoder_num_hidden_layers=8, decoder_num_attention_heads=16)
@@ -1252,7 +1253,7 @@ def test_a_write_that_fails_leaves_the_file_before_it_whole(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("head", [dict(), dict(num_classes=0)], ids=["classifier", "encoder alone"])
 @pytest.mark.parametrize("layout", ["timm", "hugging-face"])
-def test_saved_weights_are_loaded_bit_for_bit_whatever_the_layout(tmp_path, layout, head):
+def test_saved_weights_come_back_whatever_the_layout(tmp_path, layout, head):
     first, second = small(**head), small(**head)
     first.load_state_dict(filled(first.state_dict()))
     vit.save_weights(first, tmp_path / "vit.safetensors", layout)
@@ -1264,7 +1265,7 @@ OPTIONS = [dict(pool="mean"), dict(pool="mean", class_token=False), dict(head="m
 
 
 @pytest.mark.parametrize("options", [dict(pos_embed="sincos"), *OPTIONS], ids=str)
-def test_every_kind_of_vit_comes_back_from_its_file_bit_for_bit(tmp_path, options):
+def test_every_kind_of_vit_comes_back_from_its_file(tmp_path, options):
     first, second = small(**options), small(**options)
     first.load_state_dict(filled(first.state_dict()))
     first.pos_embed.data = second.pos_embed.data  # what training leaves as it is
@@ -1283,7 +1284,7 @@ def test_what_hugging_faces_vit_lacks_is_not_written_for_it(tmp_path, options):
 
 
 @pytest.mark.parametrize(("gelu", "name"), [("none", "gelu"), ("tanh", "gelu_pytorch_tanh")])
-def test_hugging_face_loads_what_we_write_with_equal_logits_and_gives_it_back_bit_for_bit(tmp_path, gelu, name):
+def test_hugging_face_loads_what_we_write_and_gives_it_back(tmp_path, gelu, name):
     transformers = pytest.importorskip("transformers", reason=PEER)
     ours, again = small(gelu=gelu), small(gelu=gelu)
     ours.load_state_dict(filled(ours.state_dict()))
@@ -1324,7 +1325,7 @@ TIMM_SIZES = [
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 @pytest.mark.parametrize(("img_size", "size"), TIMM_SIZES)
-def test_timm_gives_equal_logits_both_ways_and_gives_weights_back_bit_for_bit(tmp_path, img_size, size, pool, save):
+def test_timm_gives_equal_logits_both_ways(tmp_path, img_size, size, pool, save):
     """Its file into our model; ours into its. With global_pool="avg" its last norm follows the mean, as ours does."""
     peer = timm_vit(pool, img_size, **size)
     here = {name.replace("embed_dim", "dim"): value for name, value in size.items()}
