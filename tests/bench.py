@@ -1,11 +1,12 @@
 """How fast it is, beside others: `python -m tests.bench`.
 
-Everything that one table compares runs in one process, in turn, again and again; a row gives medians, so that a busy
-machine slows all of them alike. Times are also given over the time that the model's floating-point operations would
+Everything that one table compares runs in one process, interleaved, again and again; a row gives medians, so that a
+busy machine slows all of them alike. Times are also given over the time that the model's floating-point operations would
 take at the rate of a matrix product measured among them. Peers are used if they are installed (timm, torchvision,
-transformers, vit-pytorch), and named if they are not. On CUDA: bfloat16, compiled too.
+transformers, vit-pytorch), and named if they are not, or do not run. On CUDA: bfloat16, compiled too.
 
     python -m tests.bench             beside others
+    python -m tests.bench --quick     the same with three repeats, and of compiled models ours alone, only in training
     python -m tests.bench --growth    how time and memory grow with image size, depth, width and batch
 """
 
@@ -28,6 +29,8 @@ from torch.nn import functional as F
 import data
 import hpm
 import vit
+from engine import image_folder
+from engine import image_folder
 
 
 def clock(work, device):
@@ -62,6 +65,10 @@ def peak_memory(work, device):
     return (resident("VmHWM") - before) / 2**10
 
 
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def matrix_product(device, dtype):
     """Large products that take longer than to start them, and their floating-point operations."""
     n, several = (8192, 20) if device.type == "cuda" else (2048, 4)
@@ -83,16 +90,21 @@ def in_turn(contestants, repeats, device):
 def compare(title, contestants, flops, args):
     """Print a row for each contestant: median seconds, over ours, over the matrix product's rate, and memory.
 
-    contestants: name -> a call; flops: its floating-point operations, of all or name -> of each.
+    contestants: name -> a call; flops: its floating-point operations, of all or name -> of each. A peer that does not
+    run is named and left out.
     """
     device = torch.device(args.device)
+    for name in [name for name in contestants if not name.startswith("ours")]:
+        try:
+            contestants[name]()
+        except Exception as error:
+            print(f"\n{name} does not run here: {first_line(error)}")
+            contestants = {other: call for other, call in contestants.items() if other != name}
     product, product_flops = matrix_product(device, args.dtype)
     median = in_turn({"product": product} | contestants, args.repeats, device)
     rate = product_flops / median.pop("product")
     print(f"\n{title}; the product reaches {rate / 1e9:.0f} GFLOP/s")
-    print(
-        f"{'':24}{'seconds':>9}{'images/s':>10}{'over ours':>11}{'over product':>14}{'utilisation':>13}{'peak MiB':>10}"
-    )
+    print(f"{'':24}{'seconds':>9}{'images/s':>10}{'over ours':>11}{'over product':>14}{'MFU':>13}{'peak MiB':>10}")
     for name, seconds in median.items():
         over = seconds * rate / (flops[name] if isinstance(flops, dict) else flops)
         memory = peak_memory(contestants[name], device)
@@ -171,11 +183,13 @@ def compiled(models):
 def pretraining_step(model, images, args):
     """Forward, backward, AdamW and, with a teacher, its update."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    options = {"hard_fraction": 0.25} if isinstance(model, hpm.HPM) else {}
 
     def step():
+        inputs = [images]
+        if isinstance(model, hpm.HPM):  # noise, and the share of hard patches
+            inputs += [torch.rand(len(images), 196, device=images.device), 0.25]
         with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == torch.bfloat16):
-            out = model(images, **options)
+            out = model(*inputs)
             loss = out["loss"] if isinstance(out, dict) else out
         loss.backward()
         optimizer.step()
@@ -210,10 +224,10 @@ def mae_peers(missing):
 def extras(model, args, step_seconds):
     """What HPM adds to a step besides models: masks, the relative loss, the teacher's update."""
     device, B, N, n = torch.device(args.device), args.batch_size, 196, model.hidden
-    scores, true = torch.rand(B, N, device=device), torch.rand(B, n, device=device)
+    (scores, noise), true = torch.rand(2, B, N, device=device), torch.rand(B, n, device=device)
     predicted = torch.rand(B, n, device=device, requires_grad=True)
     work = {
-        "hard masks": lambda: hpm.hard_mask(scores, 0.75, 0.5),
+        "hard masks": lambda: hpm.hard_mask(scores, torch.rand_like(scores), 0.75, 0.5),
         "relative loss, forward and backward": lambda: hpm.relative_loss(predicted, true).backward(),
         "the teacher's update": lambda: hpm.ema_update(model.teacher, model.student, 0.999),
     }
@@ -252,7 +266,7 @@ def pipelines(args):
             return lambda: [0 for _ in small.train_batches((28, 28), 256, range(8), 0, crop, device)]
 
         def decode():
-            return [data.read_image(f, (224, 224), crops[2], draw) for f, draw in zip(files, draws, strict=True)]
+            return [image_folder.read_image(f, (224, 224), crops[2], d) for f, d in zip(files, draws, strict=True)]
 
         works = [{"ours": batches(crops[0])}, {"ours": batches(crops[1])}, {"ours": decode}]
         try:
