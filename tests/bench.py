@@ -1,9 +1,9 @@
 """How fast it is, beside others: `python -m tests.bench`.
 
-Everything that one table compares runs in one process, interleaved, again and again; a row gives medians, so that a
-busy machine slows all of them alike. Times are also given over the time that the model's floating-point operations would
-take at the rate of a matrix product measured among them. Peers are used if they are installed (timm, torchvision,
-transformers, vit-pytorch), and named if they are not, or do not run. On CUDA: bfloat16, compiled too.
+Everything that one table compares runs in one process, interleaved; a row gives medians of several rounds, so that a
+busy machine slows all of them alike. Times are also given over the time that the model's floating-point operations
+would take at the rate of a matrix product measured among them. Peers are used if they are installed (timm,
+torchvision, transformers, vit-pytorch), and named if they are not, or do not run. On CUDA: bfloat16, compiled too.
 
     python -m tests.bench             beside others
     python -m tests.bench --quick     the same with three repeats, and of compiled models ours alone, only in training
@@ -29,7 +29,6 @@ from torch.nn import functional as F
 import data
 import hpm
 import vit
-from engine import image_folder
 from engine import image_folder
 
 
@@ -227,7 +226,7 @@ def extras(model, args, step_seconds):
     (scores, noise), true = torch.rand(2, B, N, device=device), torch.rand(B, n, device=device)
     predicted = torch.rand(B, n, device=device, requires_grad=True)
     work = {
-        "hard masks": lambda: hpm.hard_mask(scores, torch.rand_like(scores), 0.75, 0.5),
+        "hard masks": lambda: hpm.hard_mask(scores, noise, 0.75, 0.5),
         "relative loss, forward and backward": lambda: hpm.relative_loss(predicted, true).backward(),
         "the teacher's update": lambda: hpm.ema_update(model.teacher, model.student, 0.999),
     }
@@ -249,17 +248,24 @@ def host_waits(step):
     return counts[0] - counts[1]
 
 
+def photograph():
+    """Of 500 x 375 pixels, from scikit-image if it is there; else a smooth random picture."""
+    if found := importlib.util.find_spec("skimage"):
+        with Image.open(Path(found.submodule_search_locations[0], "data/coffee.png")) as image:
+            return image.convert("RGB").resize((500, 375))
+    small = (255 * torch.rand(24, 32, 3)).byte().numpy()
+    return Image.fromarray(small).resize((500, 375), Image.Resampling.BICUBIC)
+
+
 def pipelines(args):
     """Print images a second, from memory and from JPEGs, beside torchvision's transforms of one image at a time."""
     device, (titles, crops) = torch.device(args.device), zip(*CROPS.items(), strict=True)
     pixels = torch.randint(256, (2048, 1, 28, 28), dtype=torch.uint8)
     small = data.InMemory(pixels, torch.zeros(2048).long(), (0.3,), (0.3,))
     with tempfile.TemporaryDirectory() as folder:
-        photo = Path(importlib.util.find_spec("skimage").submodule_search_locations[0], "data/coffee.png")
-        files = [Path(folder, f"{i}.jpg") for i in range(64)]
-        with Image.open(photo) as image:
-            for i, file in enumerate(files):
-                image.convert("RGB").resize((500, 375)).rotate(i).save(file, quality=90)
+        files, image = [Path(folder, f"{i}.jpg") for i in range(64)], photograph()
+        for i, file in enumerate(files):
+            image.rotate(i).save(file, quality=90)
         draws = torch.rand(64, 5).tolist()
 
         def batches(crop):
@@ -280,7 +286,7 @@ def pipelines(args):
             works[0]["torchvision"] = lambda: [padded(image) for image in pixels]
             works[1]["torchvision"] = lambda: [resized(image) for image in pixels]
             works[2]["torchvision"] = lambda: [photo(Image.open(file).convert("RGB")) for file in files]
-        except ImportError:
+        except Exception:  # not installed, or for another PyTorch
             pass  # it is named among the missing ones
         print(f"\n{'images/s, one process':48}{'ours':>10}{'torchvision':>13}")
         for title, images, work in zip(titles, (2048, 2048, 64), works, strict=True):
@@ -342,12 +348,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-size", type=int, help="default 8, on cuda 128")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, help="default 5, with --quick 3")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compiled too; default on cuda")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats, no peer compiled")
     parser.add_argument("--growth", action="store_true", help="how time and memory grow")
     args = parser.parse_args()
     args.dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     args.batch_size = args.batch_size or (128 if args.device == "cuda" else 8)
+    args.repeats = args.repeats or (3 if args.quick else 5)
     args.compile = args.device == "cuda" if args.compile is None else args.compile
     torch.manual_seed(0)
     device, missing, B = torch.device(args.device), {}, args.batch_size
@@ -359,37 +367,44 @@ def main():
     if args.growth:
         return growth(args)
 
-    models = {"ours": vit.create("vit_b16")} | vit_peers(missing)
-    models |= compiled(models) if args.compile else {}
+    def with_compiled(models):
+        """And each of them compiled, or ours alone."""
+        chosen = {key: model for key, model in models.items() if key == "ours" or not args.quick}
+        return models | (compiled(chosen) if args.compile else {})
+
+    plain = {"ours": vit.create("vit_b16")} | vit_peers(missing)
+    models = with_compiled(plain)
     steps = {key: classifier_step(model.to(device).train(), images, labels, args) for key, model in models.items()}
     patches = 2 * 196 * 768 * 768
     compare("ViT-B/16, forward and backward", steps, 3 * B * (encoder_flops(197, 768, 12) + patches), args)
+    models = plain if args.quick else models
     steps = {key: classifier_forward(model.eval(), images, args) for key, model in models.items()}
     compare("ViT-B/16, forward", steps, B * (encoder_flops(197, 768, 12) + patches), args)
-    del models, steps
+    del plain, models, steps
 
     # Backward costs twice the forward; the teacher of HPM runs forward alone, on all patches.
     student = encoder_flops(50, 768, 12) + patches / 4 + encoder_flops(197, 512, 8)
     teacher = encoder_flops(197, 768, 12) + patches + encoder_flops(197, 512, 8)
-    models = {"ours": hpm.create("vit_b16", predictor="none", mask="random")} | mae_peers(missing)
-    models |= compiled(models) if args.compile else {}
+    models = with_compiled({"ours": hpm.create("vit_b16", predictor="none", mask="random")} | mae_peers(missing))
     steps = {key: pretraining_step(model.to(device), images, args) for key, model in models.items()}
     compare("MAE-B/16, one step with AdamW", steps, 3 * B * student, args)
     steps = {f"{key}, MAE": step for key, step in steps.items() if key.startswith("ours")}
-    models = {"ours": hpm.create("vit_b16")}
-    models |= compiled(models) if args.compile else {}
+    models = with_compiled({"ours": hpm.create("vit_b16")})
     steps |= {key: pretraining_step(model.to(device), images, args) for key, model in models.items()}
     flops = {key: B * 3 * student for key in steps}
     flops |= {key: B * (3 * (student + encoder_flops(197, 512, 8)) + teacher) for key in models}
     seconds = compare("HPM-B/16, one step with AdamW and the teacher's update", steps, flops, args)
     extras(models["ours"], args, seconds)
     if device.type == "cuda":
-        print(f"the host waits {host_waits(steps['ours'])} times in a step of HPM")
+        try:
+            print(f"the host waits {host_waits(steps['ours'])} times in a step of HPM")
+        except Exception as error:
+            print(f"PyTorch's profiler does not run here: {first_line(error)}")
     del models, steps
 
     pipelines(args)
     for peer, error in missing.items():
-        print(f"\nnot compared with {peer}: {str(error).splitlines()[0]}")
+        print(f"\nnot compared with {peer}: {first_line(error)}")
     for package in ("timm", "torchvision", "transformers", "vit-pytorch"):
         if package not in missing:
             print(f"{package} {importlib.metadata.version(package)}")

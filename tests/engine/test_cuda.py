@@ -1,4 +1,4 @@
-"""On a GPU, if there is one: the numbers of the CPU; bfloat16 and compiled, as it runs by default; a host that never waits.
+"""On a GPU, if there is one: the CPU's numbers; bfloat16, compiled, as it runs by default; a host that never waits.
 
 All in one process, see on_gpu.py: `pytest -m slow tests/engine/test_cuda.py` takes two minutes.
 """
