@@ -246,12 +246,14 @@ def first_line(function):
     return first.end_lineno if ast.get_docstring(function) is not None else first.lineno - 1
 
 
-def blank(text, exercise, path):
-    """The text with this function's body replaced; its signature, its docstring and everything else stay."""
-    function, lines = definition(parse(text, path), exercise.name), text.split("\n")
-    message = f"exercise {exercise.number}: {exercise.equation}"
-    indent = " " * function.body[0].col_offset
-    lines[first_line(function) : function.end_lineno] = [f'{indent}raise NotImplementedError("{message}")']
+def blank(text, chosen, path):
+    """The text with these functions' bodies replaced; their signatures, their docstrings and everything else stay."""
+    functions = [(definition(parse(text, path), exercise.name), exercise) for exercise in chosen]
+    lines = text.split("\n")
+    for function, exercise in sorted(functions, key=lambda pair: -pair[0].lineno):  # lines before stay where they are
+        message = f"exercise {exercise.number}: {exercise.equation}"
+        indent = " " * function.body[0].col_offset
+        lines[first_line(function) : function.end_lineno] = [f'{indent}raise NotImplementedError("{message}")']
     return "\n".join(lines)
 
 
@@ -261,21 +263,24 @@ def start(names=(), force=False):
     Raises ValueError, and writes nothing, if work would be overwritten without `force`.
     """
     chosen, texts = [by_name(name) for name in names] or EXERCISES, {}
-    for exercise in chosen:
-        path, key = exercise.path, real(exercise.module)
+    for path in dict.fromkeys(exercise.path for exercise in chosen):
+        here = [exercise for exercise in chosen if exercise.path == path]
         if path.exists() and not names and not force:
             raise ValueError(
                 f"{shown(path)} is there already; name an exercise to blank it alone, or give --force to start over"
             )
-        text = texts.get(path) or (path.read_text(encoding="utf-8") if path.exists() and names else key)
-        function = definition(parse(text, path), exercise.name)
-        if function is None:
-            raise ValueError(f"{shown(path)} has no {exercise.name} any more; put its first line back, then try again")
-        answer = ast.get_source_segment(text, function)
-        untouched = answer == ast.get_source_segment(key, definition(parse(key, path), exercise.name))
-        if not (force or untouched or is_blank(function)):
-            raise ValueError(f"{shown(path)} has an answer to {exercise.name}; give --force to blank it")
-        texts[path] = blank(text, exercise, path)
+        key = real(here[0].module)
+        text = path.read_text(encoding="utf-8") if path.exists() and names else key
+        for exercise in here:
+            function = definition(parse(text, path), exercise.name)
+            if function is None:
+                raise ValueError(
+                    f"{shown(path)} has no {exercise.name} any more; put its first line back, then try again"
+                )
+            untouched = ast.dump(function) == ast.dump(definition(parse(key, path), exercise.name))
+            if not (force or untouched or is_blank(function)):
+                raise ValueError(f"{shown(path)} has an answer to {exercise.name}; give --force to blank it")
+        texts[path] = blank(text, here, path)
     FOLDER.mkdir(exist_ok=True)
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8")
@@ -314,6 +319,11 @@ def bound(node):
     return names | {alias.asname or alias.name.split(".")[0] for alias in imports}
 
 
+@cache
+def dumps(tree):
+    return {ast.dump(node) for node in tree.body}
+
+
 @contextlib.contextmanager
 def in_place(exercise, tree, path):
     """While this lasts, the definition in `tree` is that of the real module.
@@ -333,10 +343,9 @@ def in_place(exercise, tree, path):
         for parent in [None, *parents]:
             if parent:
                 owner, theirs, ours = getattr(owner, parent), definition(theirs, parent), definition(ours, parent)
-            known = {ast.dump(node) for node in ours.body}
             for node in theirs.body:
                 new = bound(node) - vars(owner).keys()
-                for what, value in run(node).items() if new and ast.dump(node) not in known else ():
+                for what, value in run(node).items() if new and ast.dump(node) not in dumps(ours) else ():
                     if what in new:
                         patch.setattr(owner, what, value, raising=False)
         patch.setattr(owner, name, run(definition(theirs, name))[name])
@@ -424,7 +433,12 @@ def collect():
                 test.exercises.update(marks)
                 test.equations.update(name for mark in item.iter_markers("equation") for name in mark.args)
 
-    quiet = ["-o", "addopts=", "-p", "no:terminal", "-p", "no:cacheprovider", "--collect-only"]
+    quiet = ["-o", "addopts=", "--collect-only"]
+    quiet += [
+        o
+        for name in ("terminal", "cacheprovider", "unraisableexception", "threadexception")
+        for o in ("-p", f"no:{name}")
+    ]
     code = pytest.main([*quiet, "--rootdir", str(ROOT), *(str(ROOT / path) for path in TESTS)], plugins=[Plugin()])
     if code:
         raise ValueError(f"pytest does not collect {', '.join(TESTS)}; run it to see why")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from _pytest.runner import runtestprotocol
 
+import hpm
 import vit
 from tests import exercises
 from tests.conftest import exercise_of
@@ -21,6 +22,8 @@ from tests.right_bodies import RIGHT_BODIES
 from tests.wrong_bodies import WRONG_BODIES
 
 NAMES = [exercise.name for exercise in EXERCISES]
+# A pytest within pytest need not look for garbage before it ends: that takes longer than its tests.
+WITHIN = ["-p", "no:cacheprovider", "-p", "no:unraisableexception", "-p", "no:threadexception"]
 QUICK = ("patchify", "relative_loss")  # all together take longer than a coffee
 each_exercise = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in NAMES]
@@ -58,16 +61,21 @@ def tree_of(name, text):
     return ast.fix_missing_locations(tree)
 
 
-def answers_to(name):
-    """All that is to be graded for an exercise, by what it is: syntax trees."""
-    exercise = by_name(name)
-    text = real(exercise.module)
-    blank = exercises.blank(text, exercise, exercise.path)
-    trees = {("real", ""): ast.parse(text), ("blank", ""): ast.parse(blank)}
+def bodies_of(name):
+    """All right and wrong answers to an exercise, by what they are: syntax trees."""
     sound, wrong = WRONG_BODIES[name]
     right = {"the sound one of wrong_bodies.py": sound} | RIGHT_BODIES[name]
-    trees |= {("right", what): tree_of(name, body) for what, body in right.items()}
+    trees = {("right", what): tree_of(name, body) for what, body in right.items()}
     return trees | {("wrong", what): tree_of(name, changed(name, what)) for what in wrong}
+
+
+def answers_to(name):
+    """These, and the real one and a blank."""
+    exercise = by_name(name)
+    text = real(exercise.module)
+    blank = exercises.blank(text, [exercise], exercise.path)
+    trees = {("real", ""): exercises.parse(text, exercise.path), ("blank", ""): ast.parse(blank)}
+    return trees | bodies_of(name)
 
 
 class Trials:
@@ -105,8 +113,9 @@ def trials(request):
     """The exercises that tests of this run ask for, graded."""
     asked = [item.callspec.params["name"] for item in request.session.items if "trials" in item.fixturenames]
     trials = Trials([name for name in NAMES if name in asked])
-    options = ["-m", "not slow", "-p", "no:cacheprovider", "--tb", "native", "-o", "addopts=-q"]
-    pytest.main([*options, *(str(ROOT / path) for path in TESTS)], plugins=[trials])
+    modules = {by_name(name).module for name in trials.names}
+    files = [str(ROOT / path) for path in TESTS if path.split("test_")[-1].removesuffix(".py") in modules]
+    pytest.main([*WITHIN, "-m", "not slow", "--tb", "native", "-o", "addopts=-q", *files], plugins=[trials])
     return trials
 
 
@@ -147,7 +156,7 @@ def test_each_exercise_has_right_and_wrong_answers():
     for name in NAMES:
         assert len(WRONG_BODIES[name][1]) >= 3, f"wrong answers to {name}"
         assert len(RIGHT_BODIES[name]) >= 2, f"right answers to {name}"
-        trees = [ast.dump(tree) for (kind, _), tree in answers_to(name).items() if kind in ("right", "wrong")]
+        trees = [ast.dump(tree) for tree in bodies_of(name).values()]
         assert len(set(trees)) == len(trees), f"two answers to {name} are the same"
 
 
@@ -308,7 +317,7 @@ def test_pytest_with_exercises_grades_and_shows_the_progress(folder, capsys):
     run("start", capsys)
     write_answer(folder / "vit.py", "patchify", real("vit"))
     write_answer(folder / "vit.py", "unpatchify", textwrap.dedent(changed("unpatchify", "the grid turned")))
-    command = ["--exercises", "-p", "no:cacheprovider", "-k", "patch", str(ROOT / "tests" / "test_vit.py")]
+    command = [*WITHIN, "--exercises", "-k", "patch", str(ROOT / "tests" / "test_vit.py")]
     code, out = pytest.main(command), capsys.readouterr().out
     assert code == pytest.ExitCode.TESTS_FAILED
     lines = [line for line in out.splitlines() if re.match(r" ?\d+  \d+[ ,]", line)]
@@ -324,15 +333,23 @@ def test_pytest_with_exercises_grades_and_shows_the_progress(folder, capsys):
 
 def pytest_on(path, *options):
     """A pytest on a file of tests elsewhere, with the project's conftest: its exit code."""
-    config = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(path.parent), "-p", "no:cacheprovider"]
-    return pytest.main([*config, "-p", "tests.conftest", *options, str(path)])
+    config = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(path.parent), "--import-mode", "importlib"]
+    return pytest.main([*WITHIN, *config, "-p", "tests.conftest", *options, str(path)])
 
 
-@pytest.mark.parametrize("written", ["return alpha_0 + t / T * alpha_T", "return undefined_name", "1 / 0"])
-def test_no_parameter_of_a_test_keeps_an_answer_from_being_graded(written, folder, tmp_path, capsys):
+def write_tests(folder, text):
+    """A file of tests with a name that no other has; the path."""
+    path = folder / f"{folder.name}.py"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_no_parameter_of_a_test_keeps_an_answer_from_being_graded(folder, tmp_path, capsys):
     """A fixture once put answers in place: a test with a parameter of that name graded the real code, unseen."""
-    names = ["answer", "answers", "grading", "exercise", "exercises", "in_place"]
-    (tmp_path / "test_parameters.py").write_text(f"""
+    names = ["answer", "answers", "grading", "exercise", "exercises", "in_place", "item", "request_"]
+    path = write_tests(
+        tmp_path,
+        f"""
 import pytest, hpm
 
 @pytest.fixture(autouse=True)
@@ -343,21 +360,45 @@ def answer():
 @pytest.mark.parametrize({names}, [range({len(names)})])
 def test_with_parameters({", ".join(names)}):
     assert hpm.hard_fraction(1, 2, 0.5, 1.0) == 0.75
-""")
+""",
+    )
     run("start", capsys)
-    for body, expected in (("return alpha_0 + t / T * (alpha_T - alpha_0)", "solved"), (written, "failing")):
-        answer = f"def hard_fraction(t, T, alpha_0=0.0, alpha_T=0.5):\n    {body}"
+    for body, state in (("alpha_0 + t / T * (alpha_T - alpha_0)", "solved"), ("alpha_0 + t / T * alpha_T", "failing")):
+        answer = f"def hard_fraction(t, T, alpha_0=0.0, alpha_T=0.5):\n    return {body}"
         write_answer(folder / "hpm.py", "hard_fraction", answer)
-        code, out = pytest_on(tmp_path / "test_parameters.py", "--exercises"), capsys.readouterr().out
-        assert code == (0 if expected == "solved" else pytest.ExitCode.TESTS_FAILED)
-        assert re.search(rf" hard_fraction .* {expected}$", out, re.MULTILINE), out
-    import hpm
-
+        code, out = pytest_on(path, "--exercises"), capsys.readouterr().out
+        assert code == (pytest.ExitCode.OK if state == "solved" else pytest.ExitCode.TESTS_FAILED)
+        assert re.search(rf" hard_fraction .* {state}$", out, re.MULTILINE), out
     assert hpm.hard_fraction(1, 2, 0.5, 1.0) == 0.75, "the answer is still in place"
 
 
+@pytest.mark.parametrize(
+    ("line", "told"), [("half = 1 / 0", "ZeroDivisionError"), ("from hpm import a_name", "ImportError")]
+)
+def test_what_goes_wrong_beside_an_answer_is_told(line, told, folder, tmp_path, capsys):
+    """An error of the learner's file is a failing exercise, not one of pytest; and the next test is in order again."""
+    tests = write_tests(
+        tmp_path,
+        """
+import pytest, hpm
+
+@pytest.mark.exercise("hard_fraction")
+def test_one():
+    assert hpm.hard_fraction(1, 2) == 0.25
+""",
+    )
+    run("start", capsys)
+    write_answer(folder / "hpm.py", "hard_fraction", "def hard_fraction(t, T):\n    return 0.5 * t / T")
+    path = folder / "hpm.py"
+    path.write_text(path.read_text(encoding="utf-8") + f"\n{line}\n", encoding="utf-8")
+    code, out = pytest_on(tests, "--exercises"), capsys.readouterr().out
+    assert code == pytest.ExitCode.TESTS_FAILED
+    assert told in out
+    assert re.search(r" hard_fraction .* failing$", out, re.MULTILINE), out
+
+
 def test_without_exercises_pytest_says_how_to_start(folder, capfd):
-    assert pytest.main(["--exercises", str(ROOT / "tests" / "test_vit.py")]) == pytest.ExitCode.USAGE_ERROR
+    assert pytest.main([*WITHIN, "--exercises", str(ROOT / "tests" / "test_vit.py")]) == pytest.ExitCode.USAGE_ERROR
     assert "`python -m tests.exercises start`" in "".join(capfd.readouterr())
 
 
@@ -384,37 +425,40 @@ def test_each_equation_is_cited_taught_tested_and_an_exercise(number):
         assert any(re.search("loops|oracle|reference", source) for source in sources), f"{equation} has no oracle"
 
 
-@pytest.mark.parametrize("equation", ["ViT 6", "HPM relative"])
-def test_pytest_finds_the_tests_of_an_equation(equation, tmp_path, capsys):
+def test_pytest_finds_the_tests_of_an_equation(tmp_path, capsys):
     """Those with its mark, on the function or on a single case, and no others."""
-    other = next(name for name in EQUATIONS if name != equation)
-    (tmp_path / "test_equations.py").write_text(f"""
+    path = write_tests(
+        tmp_path,
+        """
 import pytest
 
-@pytest.mark.equation("{equation}")
+@pytest.mark.equation("ViT 6")
 def test_one(): pass
 
-@pytest.mark.equation("{other}", "{equation}")
+@pytest.mark.equation("ViT 5", "ViT 6")
 def test_two(): pass
 
-@pytest.mark.parametrize("x", [0, pytest.param(1, marks=pytest.mark.equation("{equation}"))])
-@pytest.mark.equation("{other}")
+@pytest.mark.parametrize("x", [0, pytest.param(1, marks=pytest.mark.equation("ViT 6"))])
+@pytest.mark.equation("ViT 7")
 def test_three(x): pass
 
 def test_four(): pass
-""")
-    assert pytest_on(tmp_path / "test_equations.py", "--equation", equation, "-vv") == 0
-    found = re.findall(r"::(test_\w+\S*) PASSED", capsys.readouterr().out)
-    assert found == ["test_one", "test_two", "test_three[1]"]
+""",
+    )
+    for asked, expected in (
+        (["ViT 6"], ["one", "two", "three[1]"]),
+        (["ViT 7", "ViT 5"], ["two", "three[0]", "three[1]"]),
+    ):
+        options = [option for name in asked for option in ("--equation", name)]
+        assert pytest_on(path, *options, "-vv") == 0
+        assert re.findall(r"::test_(\w+\S*) PASSED", capsys.readouterr().out) == expected
 
 
 @pytest.mark.parametrize(("mark", "option"), [("ViT 99", None), ("ViT 6", "ViT 99")])
 def test_an_unknown_equation_is_refused_with_all_that_there_are(mark, option, tmp_path, capfd):
-    (tmp_path / "test_equations.py").write_text(
-        f'import pytest\n\n@pytest.mark.equation("{mark}")\ndef test_one(): pass\n'
-    )
+    path = write_tests(tmp_path, f'import pytest\n\n@pytest.mark.equation("{mark}")\ndef test_one(): pass\n')
     options = ["--equation", option] if option else []
-    assert pytest_on(tmp_path / "test_equations.py", *options) == pytest.ExitCode.USAGE_ERROR
+    assert pytest_on(path, *options) == pytest.ExitCode.USAGE_ERROR
     assert f"no equation 'ViT 99'; there are {', '.join(EQUATIONS)}" in "".join(capfd.readouterr())
 
 
