@@ -8,6 +8,7 @@ import ast
 import inspect
 import re
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -162,6 +163,11 @@ def test_each_exercise_has_right_and_wrong_answers():
 
 def test_a_test_grades_one_exercise_and_each_exercise_is_graded():
     assert {name for test in collect() for name in test.exercises} == set(NAMES)
+    files = (
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py") if path != Path(__file__)
+    )
+    marked = [file for file in files if "pytest.mark.exercise(" in (ROOT / file).read_text(encoding="utf-8")]
+    assert set(marked) <= set(TESTS), "tests.exercises.TESTS lists the files that grade"
     for test in collect():
         assert all(len(names) <= 1 for names in test.cases), f"{test.name}, or one of its cases, is marked twice"
 
