@@ -159,6 +159,18 @@ RIGHT_BODIES["Attention.forward"] = {
                 inside["q"], inside["k"], inside["v"], inside["A"], inside["sa"] = q, k, v, A, sa
             return self.dropout(self.proj(sa.transpose(1, 2).flatten(2)))
         """,
+    "more inside than is asked for": """
+        def forward(self, z, inside=None):
+            B, T, D = z.shape
+            q, k, v = self.qkv(z).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            scores = q.matmul(k.transpose(2, 3)).div(math.sqrt(D / self.num_heads))
+            A = F.softmax(scores, dim=-1)
+            sa = A.matmul(v)
+            msa = self.proj(sa.transpose(1, 2).contiguous().view(B, T, D))
+            if inside is not None:
+                inside.update(scores=scores, msa=msa, q=q, k=k, v=v, A=A, sa=sa)
+            return self.dropout(msa)
+        """,
 }
 
 RIGHT_BODIES["MLP.forward"] = {
@@ -323,6 +335,15 @@ RIGHT_BODIES["sincos_pos_embed"] = {
             down = line(rows, dim // 2).repeat_interleave(columns, dim=0)
             patches = torch.cat([along, down], dim=1)
             return torch.cat([torch.zeros(prefix, dim), patches.float()])[None]
+        """,
+    "float32 all the way": """
+        def sincos_pos_embed(dim, grid, prefix=1):
+            if dim % 4:
+                raise ValueError("four parts are needed")
+            omega = 1.0 / 10000 ** (torch.arange(dim // 4).float() / (dim / 4))
+            y, x = torch.meshgrid(*(torch.arange(n).float() for n in grid), indexing="ij")
+            parts = [f(p.flatten()[:, None] * omega) for p in (x, y) for f in (torch.sin, torch.cos)]
+            return torch.cat([torch.zeros(prefix, dim), torch.cat(parts, dim=1)]).unsqueeze(0)
         """,
 }
 
@@ -633,6 +654,36 @@ RIGHT_BODIES["block_mask"] = {
                 score = torch.where(inside, draw[:, :, 4] + 1.0 + blocks - i, score)
             return hide_largest(score, count_hidden(N, ratio))
         """,
+    "sides that are no whole numbers; a patch is inside if its centre is": """
+        def block_mask(draw, grid, ratio):
+            rows, columns = grid
+            area, aspect, top, left = draw[:, :, :4, None].unbind(2)
+            area = (rows * columns * (0.08 + 0.17 * area)).clamp(min=4)
+            aspect = 0.3 ** (1 - 2 * aspect)
+            height, width = (area * aspect).sqrt().clamp(max=rows), (area / aspect).sqrt().clamp(max=columns)
+            top, left = top * (rows - height), left * (columns - width)
+            row, column = torch.arange(rows) + 0.5, torch.arange(columns) + 0.5
+            down, along = (row > top) & (row < top + height), (column > left) & (column < left + width)
+            inside = (down[..., :, None] & along[..., None, :]).flatten(2)
+            score = (inside * torch.arange(inside.shape[1], 0, -1)[:, None]).amax(dim=1)
+            return hide_largest(score + draw[..., 4], count_hidden(rows * columns, ratio))
+        """,
+    "the wider way of the second number": """
+        def block_mask(draw, grid, ratio):
+            (rows, columns), hidden = grid, count_hidden(grid[0] * grid[1], ratio)
+            masks = []
+            for image in draw:
+                covered = torch.zeros(rows, columns)
+                for i, (a, b, c, d, _) in enumerate(image[:40].tolist()):
+                    size = max(4.0, (0.08 + (0.25 - 0.08) * a) * rows * columns)
+                    wide = math.exp((2 * b - 1) * math.log(1 / 0.3))
+                    w, h = min(columns, round((size * wide) ** 0.5)), min(rows, round((size / wide) ** 0.5))
+                    y, x = math.floor(c * (rows - h + 1)), math.floor(d * (columns - w + 1))
+                    block = covered[y : y + h, x : x + w]
+                    block[block == 0] = 100 - i
+                masks.append(hide_largest((covered.flatten() + image[:, 4])[None], hidden))
+            return torch.cat(masks)
+        """,
 }
 
 RIGHT_BODIES["grid_mask"] = {
@@ -729,6 +780,15 @@ RIGHT_BODIES["relative_loss"] = {
                 return 0.0 * predicted.sum()
             return torch.logaddexp(predicted[b, j] - predicted[b, i], torch.zeros(()).to(predicted)).mean()
         """,
+    "float64 and back, each image apart": """
+        def relative_loss(predicted, true):
+            total, pairs = predicted.new_zeros((), dtype=torch.float64), 0
+            for p, t in zip(predicted.double(), true.double()):
+                order = torch.sign(t[:, None] - t[None, :]).detach()
+                total = total + (F.softplus(-order * (p[:, None] - p[None, :])) * order.abs()).sum()
+                pairs += int(order.abs().sum())
+            return (total / max(pairs, 1)).to(predicted.dtype)
+        """,
 }
 
 RIGHT_BODIES["hard_fraction"] = {
@@ -782,6 +842,16 @@ RIGHT_BODIES["ema_update"] = {
             for name, parameter in student.named_parameters():
                 if name in mine and parameter.requires_grad:
                     mine[name].data = mine[name].data * momentum + parameter.data * (1 - momentum)
+        """,
+    "float64 and back": """
+        def ema_update(teacher, student, momentum):
+            with torch.no_grad():
+                for (name, mine), theirs in zip(
+                    teacher.named_parameters(),
+                    (dict(student.named_parameters())[name] for name, _ in teacher.named_parameters()),
+                ):
+                    if theirs.requires_grad:
+                        mine[...] = (mine.double() * momentum + theirs.double() * (1 - momentum)).to(mine.dtype)
         """,
 }
 
@@ -849,6 +919,27 @@ RIGHT_BODIES["HPM.forward"] = {
                 out["pred"] = learn(predicted_loss, patch_loss.detach())
                 out["correlation"] = rank_correlation(predicted_loss.detach(), patch_loss.detach())
                 out["loss"] = out["rec"] + out["pred"]
+            return out
+        """,
+    "more answers than are asked for": """
+        def forward(self, images, noise, hard_fraction=0.0, mask=None):
+            out = {}
+            if self.teacher is not None:
+                out["teacher_loss"], out["features"] = self.ask_teacher(images)
+            out["mask"] = mask
+            if mask is None:
+                out["mask"] = self.draw_mask(images, noise, out.get("teacher_loss"), hard_fraction)
+            out["visible"], out["hidden"] = split_mask(out["mask"], self.hidden)
+            out["prediction"], out["predicted_loss"] = self.student(images, out["visible"], out["hidden"])
+            out["target"] = gather(self.targets(images, out.get("features")), out["hidden"])
+            out["patch_loss"] = reconstruction_loss(out["prediction"].float(), out["target"].float(), self.metric)
+            out["rec"] = out["patch_loss"].mean()
+            out["loss"] = out["rec"]
+            if self.predictor != "none":
+                loss = relative_loss if self.predictor == "relative" else absolute_loss
+                out["pred"] = loss(out["predicted_loss"].float(), out["patch_loss"].detach())
+                out["correlation"] = rank_correlation(out["predicted_loss"], out["patch_loss"])
+                out["loss"] = out["loss"] + out["pred"]
             return out
         """,
 }

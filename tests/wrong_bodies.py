@@ -37,6 +37,10 @@ WRONG_BODIES["patchify"] = (
         "for square images alone": ("rows, columns = patch_grid(H, W, P)", "rows, columns = patch_grid(H, H, P)"),
         "one image loses its axis": ("P * P * C)", "P * P * C).squeeze(0)"),
         "one patch loses its axis": ("P * P * C)", "P * P * C).squeeze()"),
+        "the longer side taken for the columns": (
+            "rows, columns = patch_grid(H, W, P)",
+            "rows, columns = sorted(patch_grid(H, W, P))",
+        ),
     },
 )
 
@@ -74,6 +78,8 @@ WRONG_BODIES["unpatchify"] = (
         "one image loses its axis": ("rows * P, columns * P)", "rows * P, columns * P).squeeze(0)"),
         "one channel loses its axis": ("rows * P, columns * P)", "rows * P, columns * P).squeeze(1)"),
         "a square grid assumed": ("rows, columns = grid", "rows, columns = grid; rows = columns = math.isqrt(N)"),
+        "the longer side taken for the columns": ("rows, columns = grid", "rows, columns = sorted(grid)"),
+        "the longer side taken for the rows": ("rows, columns = grid", "columns, rows = sorted(grid)"),
     },
 )
 
@@ -203,6 +209,11 @@ WRONG_BODIES["ViT.embed"] = (
             "return self.norm_pre(self.dropout(z))",
             "return self.norm_pre(self.dropout(z)).squeeze(0)",
         ),
+        "positions cut off from their gradient": ("E_pos = self.pos_embed", "E_pos = self.pos_embed.detach()"),
+        "the class token cut off from its gradient": (
+            "x_class = self.cls_token +",
+            "x_class = self.cls_token.detach() +",
+        ),
     },
 )
 
@@ -303,6 +314,12 @@ WRONG_BODIES["Attention.forward"] = (
         "nothing inside where the kernel can run": ("if self.fused and inside is None:", "if self.fused:"),
         "one image loses its axis": ("return self.dropout(msa)", "return self.dropout(msa).squeeze(0)"),
         "one token loses its axis": ("return self.dropout(msa)", "return self.dropout(msa).squeeze(1)"),
+        "keys cut off from their gradient": (
+            "q, k, v = qkv.permute(2, 0, 3, 1, 4)",
+            "q, k, v = qkv.permute(2, 0, 3, 1, 4)\n        k = k.detach()",
+        ),
+        "two heads whatever is asked for": ("3, self.num_heads, -1)", "3, 2, -1)"),
+        "heads of width 4 whatever is asked for": ("3, self.num_heads, -1)", "3, -1, 4)"),
     },
 )
 
@@ -338,6 +355,7 @@ WRONG_BODIES["MLP.forward"] = (
             "F.dropout(self.fc2(F.dropout(h, self.dropout.p)), self.dropout.p)",
         ),
         "a residual inside": ("self.dropout(self.fc2(self.dropout(h)))", "self.dropout(self.fc2(self.dropout(h))) + z"),
+        "fc1 cut off from its gradient": ("h = self.fc1(z)", "h = self.fc1(z).detach()"),
     },
 )
 
@@ -394,6 +412,7 @@ WRONG_BODIES["Block.forward"] = (
         "inside gets z' for z": ("z=out", "z=z_prime"),
         "inside gets the z that came in": ("z=out", "z=z"),
         "inside without the result": ("inside.update(z_prime=z_prime, z=out)", "inside.update(z_prime=z_prime)"),
+        "the residual cut off from its gradient": ("+ z_prime", "+ z_prime.detach()"),
     },
 )
 
@@ -425,6 +444,7 @@ WRONG_BODIES["ViT.represent"] = (
         "always the mean": ('if self.pool == "cls"', "if False"),
         "inside not passed on": ("self.encode(images, inside=inside)", "self.encode(images)"),
         "one image loses its axis": ("self.fc_norm(y)", "self.fc_norm(y).squeeze()"),
+        "cut off from the gradient": ("return self.fc_norm(y)", "return self.fc_norm(y.detach())"),
     },
 )
 
@@ -547,6 +567,7 @@ WRONG_BODIES["resize_pos_embed"] = (
             "        pos_embed = F.pad(pos_embed, (0, 0, 0, max(0, missing)))\n"
             "        if missing < 0:",
         ),
+        "the longer side taken for the columns": ("reshape(*old_grid, -1)", "reshape(*sorted(old_grid), -1)"),
     },
 )
 
@@ -582,6 +603,8 @@ WRONG_BODIES["sincos_pos_embed"] = (
         ),
         "float64": (".float()", ""),
         "any even width accepted": ("if dim % 4:", "if dim % 2:"),
+        "the longer side taken for the columns": ("rows, columns = grid", "rows, columns = sorted(grid)"),
+        "the longer side taken for the rows": ("rows, columns = grid", "columns, rows = sorted(grid)"),
     },
 )
 
@@ -614,6 +637,7 @@ WRONG_BODIES["learning_rate"] = (
         ),
         "no warm-up": ("if step < warmup:", "if step < 0:"),
         "the peak taken for 1 in warm-up": ("peak * (step + 1)", "(step + 1)"),
+        "linear by default": ('decay="cosine"', 'decay="linear"'),
     },
 )
 
@@ -650,6 +674,14 @@ WRONG_BODIES["attention_distance"] = (
         ),
         "a sum over the patches": (".mean(dim=(0, 2))", ".mean(dim=0).sum(dim=-1)"),
         "the farthest in place of the mean": ("(weights * distance).sum(dim=-1)", "(weights * distance).amax(dim=-1)"),
+        "the longer side taken for the columns": (
+            "torch.arange(grid[0]), torch.arange(grid[1])",
+            "*(torch.arange(n) for n in sorted(grid))",
+        ),
+        "the longer side taken for the rows": (
+            "torch.arange(grid[0]), torch.arange(grid[1])",
+            "*(torch.arange(n) for n in sorted(grid)[::-1])",
+        ),
     },
 )
 
@@ -697,6 +729,11 @@ WRONG_BODIES["pos_embed_similarity"] = (
         "always one token before": ("pos_embed[0, prefix:]", "F.pad(pos_embed[0, 1:], (0, 0, 0, 1 - prefix))"),
         "the grid turned": ("reshape(*grid, *grid)", "reshape(*grid[::-1], *grid[::-1])"),
         "columns before rows in the map": ("reshape(*grid, *grid)", "reshape(*grid, *grid).transpose(2, 3)"),
+        "the longer side taken for the columns": ("reshape(*grid, *grid)", "reshape(*sorted(grid), *sorted(grid))"),
+        "the longer side taken for the rows": (
+            "reshape(*grid, *grid)",
+            "reshape(*sorted(grid)[::-1], *sorted(grid)[::-1])",
+        ),
     },
 )
 
@@ -760,6 +797,11 @@ WRONG_BODIES["reconstruction_loss"] = (
             "return (prediction - target).square().mean(dim=-1)",
         ),
         "the default taken for smooth l1": ('metric="l2"', 'metric="smooth-l1"'),
+        "no gradient into the prediction": ("return (prediction - target)", "return (prediction.detach() - target)"),
+        "the same gradient for far and near": (
+            "F.smooth_l1_loss(prediction, target",
+            "F.smooth_l1_loss(target + (prediction - target).sign() * (prediction - target).detach().abs(), target",
+        ),
     },
 )
 
@@ -961,6 +1003,10 @@ WRONG_BODIES["random_mask"] = (
         ),
         "0 and 1": ("hide_largest(noise, hidden)", "hide_largest(noise, hidden).to(noise)"),
         "one image loses its axis": ("hide_largest(noise, hidden)", "hide_largest(noise, hidden).squeeze(0)"),
+        "the noise changed in place": (
+            "return hide_largest(noise, hidden)",
+            "return hide_largest(noise.neg_(), hidden)",
+        ),
     },
 )
 
@@ -1049,6 +1095,8 @@ WRONG_BODIES["block_mask"] = (
             "ratio))",
             "ratio)), 0)",
         ),
+        "the longer side taken for the columns": ("rows, columns = grid", "rows, columns = sorted(grid)"),
+        "the longer side taken for the rows": ("rows, columns = grid", "columns, rows = sorted(grid)"),
     },
 )
 
@@ -1077,6 +1125,9 @@ WRONG_BODIES["grid_mask"] = (
             "return hide_largest(score + noise, count_hidden(noise.shape[1], ratio))",
             "return hide_largest(score + noise, min(score.sum().item(), count_hidden(noise.shape[1], ratio)))",
         ),
+        "the noise changed in place": ("score + noise", "noise.add_(score)"),
+        "the longer side taken for the columns": ("for n in grid", "for n in sorted(grid)"),
+        "the longer side taken for the rows": ("for n in grid", "for n in sorted(grid)[::-1]"),
     },
 )
 
@@ -1269,6 +1320,10 @@ WRONG_BODIES["hard_mask"] = (
             "return hide_largest(score, hidden)",
             "return hide_largest(score, hidden).squeeze(0)",
         ),
+        "the predicted loss changed in place": (
+            "predicted_loss.topk(guided",
+            "predicted_loss.neg_().neg().topk(guided",
+        ),
     },
 )
 
@@ -1310,6 +1365,11 @@ WRONG_BODIES["ema_update"] = (
         "the teacher's parameters replaced by the student's": (
             "mine.copy_(momentum * mine + (1 - momentum) * source[name])",
             "mine.data = source[name].data.mul_(1 - momentum).add_(momentum * mine)",
+        ),
+        "the student's graph kept by the teacher": ("    @torch.no_grad()\n", ""),
+        "the student no longer trained": (
+            "mine.copy_(",
+            "source[name].requires_grad_(False)\n                mine.copy_(",
         ),
     },
 )
