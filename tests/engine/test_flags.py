@@ -138,8 +138,12 @@ def step_that_follows(steps_of, command):
 
 
 def size(steps_of, command):
-    step = first(steps_of, command)
-    return step.model.grid, tuple(step.images.shape[-2:])
+    """Of the model's grid, of the images that it sees, and that which photographs are shrunk for."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "photos", lambda size: seen.append(size) or small_photos())
+        step = first(steps_of, command)
+    return step.model.grid, tuple(step.images.shape[-2:]), *seen
 
 
 def count_steps(steps_of, command):
@@ -542,7 +546,7 @@ TABLE = {
     "--overwrite": (MICRO, {"": (True, True), "--overwrite": (False, False)}, replaced),
     "--resume": (LONG, {"--steps 9": "refused", "--resume": 6}, step_that_follows),
     "--img-size": (MICRO, {
-        "--img-size 16": ((4, 4), (16, 16)), "--img-size 24x16": ((6, 4), (24, 16)),
+        "--img-size 16": ((4, 4), (16, 16), (16, 16)), "--img-size 24x16": ((6, 4), (24, 16), (24, 16)),
     }, size),
     "--epochs": (LONG, {"--epochs 1": 6, "--epochs 0.4": 3}, count_steps),
     "--steps": (LONG, {"--steps 2": 2, "--steps 5": 5}, count_steps),
