@@ -120,6 +120,7 @@ def test_patch_embedding_is_a_convolution_with_stride_p():
     """The same numbers, and gradients, as torch's conv2d on the image: a checkpoint's convolution loads as it is."""
     embed, images, above = filled(vit.PatchEmbed(2, 3, 8)), random(2, 3, 4, 6), random(2, 6, 8, seed=3)
     reference = F.conv2d(images, embed.proj.weight, embed.proj.bias, stride=2).flatten(2).transpose(1, 2)
+    assert torch.equal(embed.proj(images).flatten(2).transpose(1, 2), reference), "proj is not the convolution itself"
     ours = embed(torch.from_numpy(each(patchify_loops, images, 2)))
     equal(ours, reference.detach(), "which axes of the weights belong to a pixel's place?")
     ours, reference = (torch.autograd.grad((z * above).sum(), list(embed.parameters())) for z in (ours, reference))
@@ -194,9 +195,9 @@ def test_corruption_comes_before_the_positions(visible):
 @pytest.mark.exercise("ViT.embed")
 def test_z0_of_clip_goes_through_one_more_layer_norm():
     """pre_norm: a LayerNorm before the first block, after the positions are added."""
-    model, images = filled(vit.ViT(**SMALL, pre_norm=True, eps=1e-5)), random(2, 3, 4, 6)
+    model, images = filled(vit.ViT(**SMALL, pre_norm=True, eps=1e-3)), random(2, 3, 4, 6)
     w = arrays(model)
-    oracle = [layer_norm_loops(embed_loops(i, w), *arrays(model, "norm_pre.").values(), 1e-5) for i in images.numpy()]
+    oracle = [layer_norm_loops(embed_loops(i, w), *arrays(model, "norm_pre.").values(), 1e-3) for i in images.numpy()]
     equal(model.embed(images), np.stack(oracle), "norm_pre left out, or before the positions")
 
 
@@ -488,6 +489,13 @@ def test_dropout_acts_after_the_positions():
     dropped(model.train().embed(images), plain, share=0.25, kept_scale=1 / 0.75)
 
 
+@pytest.mark.parametrize("part", [vit.Block(8, 2), vit.Attention(8, 2), vit.MLP(8, 6)], ids=lambda p: type(p).__name__)
+def test_nothing_is_dropped_unless_asked_for(part):
+    """Also in training, by the parts that others build on."""
+    z = random(20, 3, 8).float()
+    assert torch.equal(part.train()(z), part.eval()(z))
+
+
 def test_every_block_gets_the_models_dropout_and_its_rate_of_drop_path():
     """Drop path rises linearly from 0 at the first block to the given rate at the last (Huang et al. 2016)."""
     model = vit.ViT(**(SMALL | dict(depth=4)), drop_path=0.3, dropout=0.2)
@@ -699,10 +707,11 @@ def test_resizing_says_what_does_not_fill_the_old_grid():
         vit.resize_pos_embed(torch.zeros(1, 8, 4), (2, 3), (4, 4))
 
 
-def test_positions_are_resized_where_they_are():
-    """On any device, as a checkpoint's may be: the meta device refuses a tensor of the CPU's beside its own."""
-    elsewhere = torch.zeros(1, 7, 4, device="meta")
-    assert vit.resize_pos_embed(elsewhere, (2, 3), (4, 5)).shape == (1, 21, 4)
+def test_positions_are_resized_where_they_are(waits):
+    """On any device, as a checkpoint's may be: no operation but a copy takes tensors of two devices."""
+    with waits() as seen:
+        assert vit.resize_pos_embed(torch.zeros(1, 7, 4, device="meta"), (2, 3), (4, 5)).shape == (1, 21, 4)
+    assert set(seen.copies) == {"_to_copy"}
 
 
 @pytest.mark.equation("sine-cosine")
