@@ -271,7 +271,6 @@ def normalise(images, mean, std):
 
 
 @functools.lru_cache(maxsize=16)
-@torch.inference_mode(False)  # a tensor of inference mode could not be used in training
 def channels(values, device):
     """A number for each channel, as (C, 1, 1) on the device. Copied there once, for the host waits for that."""
     return torch.tensor(values, device=device).view(-1, 1, 1)

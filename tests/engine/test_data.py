@@ -585,7 +585,7 @@ def test_normalised_pixels_have_mean_0_and_standard_deviation_1(dtype):
 
 
 def test_what_a_test_normalised_with_can_be_trained_with():
-    """Constants are kept; those that were made in inference mode could not be saved for a gradient."""
+    """The constants are kept, as they were made: in inference mode, whose tensors can't be saved for a gradient."""
     mean, std = (0.123,), (0.456,)
     with torch.inference_mode():
         data.normalise(torch.ones(1, 1, 2, 2), mean, std)
