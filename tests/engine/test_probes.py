@@ -278,6 +278,18 @@ def test_one_near_neighbour_outvotes_two_far_ones():
     assert probes.nearest_neighbours(train, test, 2, temperature=10.0) == 0.0
 
 
+def test_exactly_twenty_neighbours_vote():
+    """DINO's eval_knn.py. The nearest one votes as much as 18.5 of the next: 19 of these outvote it, 18 do not, and
+    whoever comes after them is on its side."""
+    cosines = torch.tensor([1.0] + [1 - 0.07 * math.log(18.5)] * 19 + [0.79] * 5, dtype=torch.float64)
+    features = torch.stack([cosines, (1 - cosines**2).sqrt()], dim=1)
+    labels = torch.tensor([0] + [1] * 19 + [0] * 5)
+    query = torch.tensor([[1.0, 0.0]], dtype=torch.float64), torch.tensor([1])
+    assert probes.nearest_neighbours((features, labels), query, 2) == 100.0
+    for k in (19, 21):
+        assert probes.nearest_neighbours((features, labels), query, 2, k=k) == 0.0
+
+
 def few_shot_oracle(x, labels, queries, ridge=2**10, constant=100.0):
     """The class that is told for every query: the minimum of ||Z W - Y||² + ridge ||W||², as one least-squares problem.
 
