@@ -117,6 +117,9 @@ def test_evaluation_masks_depend_on_seed_and_image_alone(mask):
     """
     model, seen = masked(mask), []
     model.register_forward_hook(lambda module, given, out: seen.append(out["mask"]))
+    model.register_forward_hook(
+        lambda *_: torch.is_inference_mode_enabled() or pytest.fail("keeps what backward needs")
+    )
     noise = data.evaluation_noise(11, 16, seed=5).numpy()
     for n, batch_size in ((11, 4), (11, 100), (5, 2)):
         seen.clear()
@@ -155,7 +158,9 @@ def test_the_reconstruction_loss_is_the_mean_over_images(batch_size):
 def test_a_masked_autoencoder_has_no_correlation_to_tell():
     """Nothing predicts a loss there."""
     model = masked("random", "none")
-    scores = probes.evaluate_pretraining(model, split_of(5, [0] * 5, 16), (16, 16), 4, "cpu")
+    split = split_of(5, [0] * 5, 16)
+    scores = probes.evaluate_pretraining(model, split, (16, 16), 4, "cpu")
+    assert scores == probes.evaluate_pretraining(model, split, (16, 16), 4, "cpu", seed=0)
     assert scores.keys() == {"test_rec"}
     assert scores["test_rec"] > 0
 
@@ -219,10 +224,14 @@ def test_what_others_could_not_decode_is_known_to_all(monkeypatch):
             self.unreadable = unreadable
             raise UnreadableImages("too many")
 
-    split = Split()
-    with pytest.raises(UnreadableImages):
-        probes.share_unreadable(split)
-    assert split.unreadable == {"a.png": "empty", "b.png": "broken"}
+        def test_batches(self, *how):
+            return split_of(4, [0, 1, 2, -1]).test_batches(*how)
+
+    for share in (probes.share_unreadable, lambda split: probes.evaluate(linear(3), split, *HOW)):
+        split = Split()
+        with pytest.raises(UnreadableImages):
+            share(split)
+        assert split.unreadable == {"a.png": "empty", "b.png": "broken"}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -238,6 +247,7 @@ def test_features_are_those_of_the_images_that_can_be_read_in_order():
     exact = model.double().eval()(normalised(split)[[0, 2, 3, 4, 6]]).detach()
     torch.testing.assert_close(features.double(), exact, rtol=1e-5, atol=1e-5)
     assert features.dtype == torch.float32
+    assert not features.requires_grad
 
 
 def neighbours_loops(train, train_labels, test, classes, k, temperature):
