@@ -100,9 +100,7 @@ class PostBottleneck(nn.Module):
         self.norm3 = nn.GroupNorm(GROUPS, outputs)
         nn.init.zeros_(self.norm3.weight)
         if inputs != outputs:
-            projection = OrderedDict(
-                conv=StdConv(inputs, outputs, 1, stride, same=True), norm=nn.GroupNorm(GROUPS, outputs)
-            )
+            projection = OrderedDict(conv=StdConv(inputs, outputs, 1, stride), norm=nn.GroupNorm(GROUPS, outputs))
             self.downsample = nn.Sequential(projection)
 
     def forward(self, x):
@@ -234,4 +232,4 @@ def create(arch, img_size=224, num_classes=1000, in_chans=3, **options):
     if arch in RESNETS:
         return ResNet(in_chans, num_classes, **options)
     embed = HybridEmbed(options["patch_size"], in_chans, options["dim"], options.pop("backbone"))
-    return vit.ViT(img_size, in_chans=in_chans, num_classes=num_classes, patch_embed=embed, **options)
+    return vit.ViT(img_size, num_classes=num_classes, patch_embed=embed, **options)

@@ -71,6 +71,12 @@ def test_relative_attention_calls_the_fused_kernel_unless_told_not_to(monkeypatc
         fused(torch.zeros(1, 3, 4, 6))
 
 
+def test_relative_positions_have_the_data_type_of_q():
+    """In half precision the offsets' embeddings stay float32, and are rounded where they are used."""
+    q = random(1, 2, 3, 4).bfloat16()
+    assert positions.RelativePositions(3, 4)(q).dtype == torch.bfloat16
+
+
 def test_relative_attention_has_dropout_after_its_last_map():
     torch.manual_seed(0)
     attention, z = filled(with_positions("relative", dropout=0.5)).blocks[0].attn, random(20, 7, 8)

@@ -4,6 +4,7 @@ Each `..._loops` function is an oracle: float64 NumPy, one output at a time, fro
 """
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -199,6 +200,8 @@ def test_behind_its_features_a_hybrid_is_a_vit(backbone, patch_size):
     for given, logits in zip(features.numpy(), model(images), strict=True):
         oracle = vit_loops(given, w, 2, "mean")[2]
         equal(logits, oracle, "patches of the features through E, then a ViT", atol=1e-9)
+    tokens = model.patch_embed(model.patch_embed.cut(images))
+    equal(model.patch_embed.proj(features).flatten(2).transpose(1, 2), tokens, "E is a convolution with stride")
 
 
 def test_patches_that_do_not_fit_the_features_are_refused():
@@ -208,9 +211,20 @@ def test_patches_that_do_not_fit_the_features_are_refused():
         resnet.create("r50_vit_b16", 96, patch_size=24)
 
 
-def test_an_unknown_arch_is_refused_with_the_nearest_name():
-    with pytest.raises(ValueError, match=r"^unknown arch 'resnet-50'; did you mean resnet50\? There are resnet50, res"):
-        resnet.create("resnet-50")
+@pytest.mark.parametrize(("arch", "nearest"), [("resnet-50", "resnet50"), ("?", "resnet50x4")])
+def test_an_unknown_arch_is_refused_with_the_nearest_name(arch, nearest):
+    message = rf"^unknown arch '{re.escape(arch)}'; did you mean {nearest}\? There are resnet50, resnet50x2, "
+    with pytest.raises(ValueError, match=message):
+        resnet.create(arch)
+
+
+def test_a_resnet_is_r50x1_for_imagenet_unless_told_otherwise():
+    with torch.device("meta"):
+        models = resnet.ResNet(), resnet.create("resnet50")
+    shapes = [{name: value.shape for name, value in model.state_dict().items()} for model in models]
+    assert shapes[0] == shapes[1]
+    assert shapes[0]["stem.conv.weight"] == (64, 3, 7, 7)
+    assert shapes[0]["head.weight"] == (1000, 2048)
 
 
 @pytest.mark.parametrize("height", [64, 50])
