@@ -19,6 +19,7 @@ import torch
 def equal(ours, oracle, what="", atol=1e-10):
     """Same shape and same numbers, or a failure that says what has to hold, and gives the first number that differs."""
     __tracebackhide__ = True
+    assert isinstance(ours, torch.Tensor), f"{what}\na {type(ours).__name__} in place of a tensor"
     oracle = np.asarray(oracle.detach() if isinstance(oracle, torch.Tensor) else oracle, dtype=float)
     assert tuple(ours.shape) == oracle.shape, f"{what}\nshape {tuple(ours.shape)} instead of {oracle.shape}"
     ours = ours.detach().double().cpu().numpy()
@@ -56,6 +57,18 @@ def each(loops, batch, *args, **kwargs):
     return np.stack([loops(image, *args, **kwargs) for image in batch.detach().numpy()])
 
 
+def refusal(what, call, *args):
+    """The message of the ValueError that `call` raises, or a failure that says what it accepted."""
+    __tracebackhide__ = True
+    try:
+        call(*args)
+    except ValueError as error:
+        return str(error)
+    except Exception as error:
+        raise AssertionError(f"{what}: a {type(error).__name__} in place of a ValueError, {error}") from error
+    raise AssertionError(f"{what}: accepted, where a ValueError is promised")
+
+
 def slopes(run, x, parameters=()):
     """Compare the gradients of run(x) by x and by each of the parameters with slopes, in one random direction each.
 
@@ -64,6 +77,7 @@ def slopes(run, x, parameters=()):
     """
     x = x.clone().requires_grad_()
     weights = random(*run(x).shape, seed=11)
+    assert run(x).requires_grad, "the result is cut off from its gradient"
     (run(x) * weights).sum().backward()
     for name, value in {"its input": x, **dict(parameters)}.items():
         if not value.requires_grad:
