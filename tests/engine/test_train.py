@@ -169,11 +169,11 @@ def test_the_optimizers_are_the_papers(steps_of):
         optimizer = steps_of(f"{MICRO} --task {task} --init init.pt --lr 0.02")[0].optimizer
         assert type(optimizer) is torch.optim.AdamW
         assert {(*group["betas"], group["eps"]) for group in optimizer.param_groups} == {(0.9, beta, 1e-8)}, task
-        assert optimizer.defaults["lr"] == 0.02
+        assert (optimizer.defaults["lr"], optimizer.defaults["fused"]) == (0.02, True)
     optimizer = steps_of(f"{MICRO} --task finetune --init init.pt --optimizer sgd --lr 0.02")[0].optimizer
     assert type(optimizer) is torch.optim.SGD
     assert {(g["momentum"], g["dampening"], g["nesterov"]) for g in optimizer.param_groups} == {(0.9, 0, False)}
-    assert optimizer.defaults["lr"] == 0.02
+    assert (optimizer.defaults["lr"], optimizer.defaults["fused"]) == (0.02, True), "one kernel for all parameters"
     found = [(group["weight_decay"], group["scale"]) for group in optimizer.param_groups]
     assert found == [(0.0, 1.0)], "ViT, table 4: no weight decay, one learning rate"
 
