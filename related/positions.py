@@ -25,7 +25,8 @@ def replace(model, kind):
     """
     if kind not in KINDS:
         raise ValueError(f"unknown positions {kind!r}; there are {', '.join(KINDS)}")
-    if isinstance(model.pos_embed, nn.Parameter) or model.pos_embed.any():
+    none = "pos_embed" in dict(model.named_buffers())  # learned and fixed ones are parameters
+    if not none or isinstance(model.blocks[0].attn, RelativeAttention):
         raise ValueError('the model has positions already; create it with pos_embed="none"')
     if kind == "relative":
         for block in model.blocks:

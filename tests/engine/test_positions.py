@@ -1,6 +1,7 @@
 """The position variants of ViT's appendix D.4, beside the loops of oracles.py."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -115,6 +116,12 @@ def test_replacing_positions_changes_nothing_else(kind):
 
 
 @each_kind
+def test_sizes_are_known_without_memory_for_numbers(kind):
+    with torch.device("meta"):
+        assert with_positions(kind)(torch.zeros(1, 3, 4, 6)).shape == (1, 5)
+
+
+@each_kind
 def test_new_positions_are_drawn_small(kind):
     """N(0, 0.02²): of 4,000 numbers and more, the standard deviation is right to 3 %."""
     torch.manual_seed(0)
@@ -150,6 +157,6 @@ def test_what_can_not_be_replaced_is_refused():
         for kind in positions.KINDS:
             with pytest.raises(ValueError, match='^the model has positions already; create it with pos_embed="none"$'):
                 positions.replace(vit.ViT(**SMALL, pos_embed=given), kind)
-    twice = with_positions("2d")
-    with pytest.raises(ValueError, match="positions already"):
-        positions.replace(twice, "2d")
+    for first, second in itertools.product(positions.KINDS, repeat=2):
+        with pytest.raises(ValueError, match="positions already"):
+            positions.replace(with_positions(first), second)
