@@ -48,6 +48,7 @@ def test_curves_show_what_the_log_says(tmp_path, figures):
         ("accuracy (%)", [("top-1", [[30.0, 40.0], [60.0, 60.0]]), ("top-5", [[30.0, 80.0], [60.0, 90.0]])]),
     ]
     assert {axes.get_xlabel() for axes in figure.axes} == {"step"}
+    assert all(axes.get_legend() for axes in figure.axes), "what is what"
     assert path == tmp_path / "curves.png"
 
 
@@ -104,6 +105,7 @@ def test_masks_show_image_predicted_loss_mask_and_reconstruction(target, tmp_pat
     axes = np.array(figure.axes).reshape(4, -1)
     titles = [panel.get_title().split(",")[0] for panel in axes[0]]
     assert titles == ["image", "predicted loss", "mask"] + ["reconstruction"] * (target != "hog")
+    assert ("true mean" in axes[0, -1].get_title()) == (target == "norm-pixels"), "what was put into it"
     patches = vit.patchify(images, 4).double()
     masked, rebuilt = patches.clone(), patches.clone()
     for image in range(4):
