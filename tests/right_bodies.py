@@ -32,6 +32,14 @@ RIGHT_BODIES["patchify"] = {
             x = torch.einsum("bcrpsq->brspqc", images.reshape(B, C, rows, P, columns, P))
             return x.reshape(B, rows * columns, C * P**2)
         """,
+    "torch's pixel_unshuffle": """
+        def patchify(images, patch_size):
+            C = images.shape[1]
+            if any(side % patch_size for side in images.shape[2:]):
+                raise ValueError("these patches leave a rest")
+            x = F.pixel_unshuffle(images, patch_size).unflatten(1, (C, -1))
+            return x.permute(0, 3, 4, 2, 1).flatten(3).flatten(1, 2)
+        """,
 }
 
 RIGHT_BODIES["unpatchify"] = {
@@ -63,6 +71,14 @@ RIGHT_BODIES["unpatchify"] = {
             tiles = patches.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, tuple(grid))
             rows = [torch.cat(row.unbind(1), dim=2) for row in tiles.unbind(1)]
             return torch.cat(rows, dim=1).permute(0, 3, 1, 2)
+        """,
+    "torch's pixel_shuffle": """
+        def unpatchify(patches, patch_size, grid):
+            B, N, length = patches.shape
+            if N != math.prod(grid):
+                raise ValueError("not this grid")
+            x = patches.unflatten(2, (patch_size**2, -1)).transpose(2, 3).flatten(2)
+            return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, tuple(grid)), patch_size)
         """,
 }
 
@@ -190,8 +206,13 @@ RIGHT_BODIES["MLP.forward"] = {
         """,
     "one token at a time": """
         def forward(self, z):
-            activations = {"tanh": lambda x: F.gelu(x, approximate="tanh"), "quick": lambda x: x * (1.702 * x).sigmoid()}
-            activate = activations.get(self.gelu, F.gelu)
+            def quick(x):
+                return x * (1.702 * x).sigmoid()
+
+            def by_tanh(x):
+                return F.gelu(x, approximate="tanh")
+
+            activate = dict(tanh=by_tanh, quick=quick).get(self.gelu, F.gelu)
             tokens = [self.fc2(self.dropout(activate(self.fc1(token)))) for token in z.unbind(dim=1)]
             return self.dropout(torch.stack(tokens, dim=1))
         """,
@@ -301,6 +322,21 @@ RIGHT_BODIES["resize_pos_embed"] = {
             resized[:, prefix:] = (whole.to(pos_embed.device) @ pos_embed[0, prefix:].double()).to(pos_embed.dtype)
             return resized
         """,
+    "torch's interpolation of an image": """
+        def resize_pos_embed(pos_embed, old_grid, new_grid, prefix=1, original=False):
+            head, rest = pos_embed[:, :prefix], pos_embed[:, prefix:]
+            if pos_embed.shape[1] < prefix or rest.shape[1] != math.prod(old_grid):
+                raise ValueError("the grid is another one")
+            image = rest.transpose(1, 2).unflatten(2, tuple(old_grid)).double()
+            if original:
+                for axis in (0, 1):
+                    image = torch.movedim(image, 2 + axis, -1)
+                    matrix = interpolation_matrix(old_grid[axis], new_grid[axis], True)
+                    image = torch.movedim(image @ matrix.T.to(image), -1, 2 + axis)
+            else:
+                image = F.interpolate(image, tuple(new_grid), mode="bicubic", antialias=True)
+            return torch.cat([head, image.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)
+        """,
 }
 
 RIGHT_BODIES["sincos_pos_embed"] = {
@@ -315,8 +351,9 @@ RIGHT_BODIES["sincos_pos_embed"] = {
                     entry = table[0, prefix + row * grid[1] + column]
                     for i in range(quarter):
                         frequency = math.exp(-math.log(10000) * i / quarter)
-                        entry[i], entry[quarter + i] = math.sin(column * frequency), math.cos(column * frequency)
-                        entry[2 * quarter + i], entry[3 * quarter + i] = math.sin(row * frequency), math.cos(row * frequency)
+                        for half, place in enumerate((column, row)):
+                            entry[2 * half * quarter + i] = math.sin(place * frequency)
+                            entry[(2 * half + 1) * quarter + i] = math.cos(place * frequency)
             return table
         """,
     "one dimension at a time": """

@@ -334,6 +334,26 @@ def test_the_area_of_a_block_is_the_first_number(grid, area, side):
 
 @pytest.mark.equation("masks")
 @pytest.mark.exercise("block_mask")
+def test_what_blocks_do_not_cover_is_hidden_by_chance():
+    """All rectangles are the same one of 3 x 3, in the middle: of 8 x 8, 23 of the other 55 patches are hidden.
+
+    Rounding may make it one larger or smaller, 16 of 48 or 28 of 60; five standard deviations of 2,000 are 0.055.
+    """
+    draw = uniform(2000, 64, 5)
+    draw[..., :4] = 0.5
+    mask = hpm.block_mask(draw, (8, 8), 0.5)
+    share = mask.double().mean(dim=0).reshape(8, 8)
+    assert (share[3:5, 3:5] == 1).all(), f"the block itself is not hidden first: {picture(mask[0], (8, 8))}"
+    for row, column in np.ndindex(8, 8):
+        if not (2 <= row < 6 and 2 <= column < 6):
+            assert 0.27 < share[row, column] < 0.53, (
+                f"the patch in row {row}, column {column}, outside of all blocks, is hidden {share[row, column]:.0%} "
+                f"of the time, as often as any other would be 42 %: {picture(mask[0], (8, 8))}"
+            )
+
+
+@pytest.mark.equation("masks")
+@pytest.mark.exercise("block_mask")
 @pytest.mark.parametrize(("grid", "ratio"), [((14, 14), 0.25), ((14, 14), 0.5), ((4, 36), 0.25), ((36, 4), 0.25)])
 def test_a_block_mask_hides_connected_rectangles(grid, ratio):
     """At random, two patches beside each other are hidden with probability ratio²; in blocks 1.4 times as often.

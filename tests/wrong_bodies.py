@@ -1,8 +1,8 @@
 """Plausible wrong answers to every exercise, none of which may pass its tests.
 
-For each exercise: a sound answer; and wrong ones: what is wrong, then pieces of the sound answer, each of which is there
-once, and what stands in their places, or the whole function. Sound or wrong, nothing here depends on how the real code is
-written, only on the interface that it is written for. A method stands without its class.
+For each exercise: a sound answer; and wrong ones: what is wrong, then pieces of the sound answer, each of which is
+there once, and what stands in their places, or the whole function. Sound or wrong, nothing here depends on how the real
+code is written, only on the interface that it is written for. A method stands without its class.
 """
 
 WRONG_BODIES = {}
@@ -66,7 +66,8 @@ WRONG_BODIES["unpatchify"] = (
         ),
         "the rest of the grid left black": (
             "if N != rows * columns:",
-            "if N < rows * columns:\n            patches = F.pad(patches, (0, 0, 0, rows * columns - N))\n        elif N > rows * columns:",
+            "if N < rows * columns:\n            patches = F.pad(patches, (0, 0, 0, rows * columns - N))\n"
+            "        elif N > rows * columns:",
         ),
         "for 3 channels alone": ("columns, P, P, length // P**2)", "columns, P, P, 3)"),
         "for 3 channels alone, others cut off": (
@@ -568,6 +569,10 @@ WRONG_BODIES["resize_pos_embed"] = (
             "        if missing < 0:",
         ),
         "the longer side taken for the columns": ("reshape(*old_grid, -1)", "reshape(*sorted(old_grid), -1)"),
+        "not widened to shrink": (
+            'image = torch.einsum("rs,std,ct->rcd", down, image, along)',
+            'image = F.interpolate(image.permute(2, 0, 1)[None], new_grid, mode="bicubic")[0].permute(1, 2, 0)',
+        ),
     },
 )
 
@@ -638,6 +643,7 @@ WRONG_BODIES["learning_rate"] = (
         "no warm-up": ("if step < warmup:", "if step < 0:"),
         "the peak taken for 1 in warm-up": ("peak * (step + 1)", "(step + 1)"),
         "linear by default": ('decay="cosine"', 'decay="linear"'),
+        "a warm-up of one step more": ("if step < warmup:", "if step <= warmup and warmup:"),
     },
 )
 
@@ -767,7 +773,8 @@ WRONG_BODIES["reconstruction_loss"] = (
         "1 - cos": ("2 - 2 * F.cos", "1 - F.cos"),
         "the cosine of all patches as one vector": (
             "F.cosine_similarity(prediction, target, dim=-1)",
-            "F.cosine_similarity(prediction.flatten(1), target.flatten(1), dim=-1)[:, None].expand(prediction.shape[:2])",
+            "F.cosine_similarity(prediction.flatten(1), target.flatten(1), dim=-1)[:, None]"
+            ".expand(prediction.shape[:2])",
         ),
         "the cosine over patches": (
             "F.cosine_similarity(prediction, target, dim=-1)",
@@ -821,7 +828,7 @@ WRONG_BODIES["Autoencoder.forward"] = (
         ),
         "the encoder sees the whole image": (
             "self.encoder.encode(images, visible)",
-            "torch.cat([t := self.encoder.encode(images)[:, :1], vit.gather(self.encoder.encode(images)[:, 1:], visible)], dim=1)",
+            "(z := self.encoder.encode(images)); latent = torch.cat([z[:, :1], vit.gather(z[:, 1:], visible)], dim=1)",
         ),
         "as many answers as visible patches": ("hidden.shape[1]", "visible.shape[1]"),
         "answers for the visible patches": (
@@ -1097,6 +1104,14 @@ WRONG_BODIES["block_mask"] = (
         ),
         "the longer side taken for the columns": ("rows, columns = grid", "rows, columns = sorted(grid)"),
         "the longer side taken for the rows": ("rows, columns = grid", "columns, rows = sorted(grid)"),
+        "what no block covers hidden in the image's order": (
+            "score + draw[..., 4]",
+            "score + draw[..., 4] - (score == 0) * (1 + torch.arange(rows * columns))",
+        ),
+        "what no block covers never hidden": (
+            "count_hidden(rows * columns, ratio)",
+            "min(count_hidden(rows * columns, ratio), int((score > 0).sum(1).min()))",
+        ),
     },
 )
 
@@ -1153,7 +1168,8 @@ WRONG_BODIES["Autoencoder.predict_loss"] = (
         "no class token for the predictor": ("self.loss_predictor(z, N)", "self.loss_predictor(z[:, -N:], N)"),
         "mask tokens in place of the patches": (
             "self.loss_predictor(z, N)",
-            "self.loss_predictor(torch.cat([z[:, :-N], (self.mask_token + self.decoder_pos_embed[:, -N:]).expand(len(z), -1, -1)], 1), N)",
+            "self.loss_predictor(torch.cat("
+            "[z[:, :-N], (self.mask_token + self.decoder_pos_embed[:, -N:]).expand(len(z), -1, -1)], 1), N)",
         ),
         "only with a loss predictor": (" if self.loss_predictor is not None else None", ""),
         "only with a reconstruction decoder": (
@@ -1280,7 +1296,8 @@ WRONG_BODIES["hard_mask"] = (
         "those farthest from 0": ("predicted_loss.topk(guided, dim=1)", "predicted_loss.abs().topk(guided, dim=1)"),
         "the hardest of the batch": (
             "noise.scatter(1, predicted_loss.topk(guided, dim=1).indices, 2.0)",
-            "noise.flatten().scatter(0, predicted_loss.flatten().topk(guided * len(noise)).indices, 2.0).reshape(noise.shape)",
+            "noise.flatten().scatter(0, predicted_loss.flatten().topk(guided * len(noise)).indices, 2.0)"
+            ".reshape(noise.shape)",
         ),
         "a share of all patches": (
             "int(hidden * hard_fraction)",
@@ -1305,7 +1322,8 @@ WRONG_BODIES["hard_mask"] = (
         ),
         "a threshold that hides ties": (
             "noise.scatter(1, predicted_loss.topk(guided, dim=1).indices, 2.0)",
-            "torch.where(predicted_loss >= predicted_loss.sort(dim=1, descending=True).values[:, guided - 1 : guided], 2.0, noise) if guided else noise",
+            "torch.where(predicted_loss >= predicted_loss.sort(dim=1, descending=True)"
+            ".values[:, guided - 1 : guided], 2.0, noise) if guided else noise",
             "hide_largest(score, hidden)",
             "(score >= 2) | hide_largest(score, hidden)",
         ),
@@ -1323,6 +1341,10 @@ WRONG_BODIES["hard_mask"] = (
         "the predicted loss changed in place": (
             "predicted_loss.topk(guided",
             "predicted_loss.neg_().neg().topk(guided",
+        ),
+        "a share of N times the ratio": (
+            "int(hidden * hard_fraction)",
+            "int(predicted_loss.shape[1] * ratio * hard_fraction)",
         ),
     },
 )
