@@ -255,9 +255,9 @@ def prepare_step(command, images_per_batch=8):
     decays = (config.weight_decay, config.layer_decay)
     optimizer = train.build_optimizer(model, config.optimizer, 0.1, *decays, train.TASKS[config.task].betas)
 
-    def step(number, rows=slice(None)):
+    def step(number, rows=slice(None), wrapped_model=model):
         batch = images[rows], targets[rows]
-        return train.train_step(config, dataset, model, model, None, optimizer, number, *batch)
+        return train.train_step(config, dataset, model, wrapped_model, None, optimizer, number, *batch)
 
     return step, model
 
@@ -298,6 +298,26 @@ def test_gradients_of_micro_batches_add_up_to_that_of_the_batch(task, size, smal
     assert metrics.keys() == same_metrics.keys()
     for name in metrics.keys() - {"correlation"}:  # ranks jump
         assert same_metrics[name].item() == pytest.approx(metrics[name].item(), rel=1e-5), name
+
+
+def test_gradients_are_averaged_once_a_step(small, shallow):
+    """DistributedDataParallel does so in every backward pass but those inside no_sync: here after the last of four."""
+    step, model = prepare_step("--micro-batch 2")
+    events = []
+
+    class Wrapped:
+        def __call__(self, images):
+            events.append("forward")
+            return model(images)
+
+        @contextlib.contextmanager
+        def no_sync(self):
+            events.append("alone")
+            yield
+            events.append("together")
+
+    step(1, wrapped_model=Wrapped())
+    assert events == ["alone", "forward", "together"] * 3 + ["forward"]
 
 
 CLIPPED = {("supervised", "adamw"), ("supervised", "sgd"), ("finetune", "sgd")}
@@ -371,6 +391,15 @@ def test_dropout_differs_between_steps_and_processes_and_repeats(small, shallow,
     for other in (second, zeros_of_dropout(other_seed, 0), other_process):
         assert (first != other).double().mean() > 0.4, "independent: they agree on half of the places"
     assert (second != other_process).double().mean() > 0.4
+
+
+def test_dropout_has_random_numbers_of_its_own(small, shallow):
+    """Not those that order, crops, blends or masks of any step are made of."""
+    step, _ = prepare_step("")
+    for number in range(8):
+        step(number)
+        others = [data.generator(0, purpose, *key) for purpose in range(6) for key in ((0,), (1,), (number,))]
+        assert torch.initial_seed() not in {generator.initial_seed() for generator in others}
 
 
 @pytest.mark.parametrize(
