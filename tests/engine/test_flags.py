@@ -5,6 +5,7 @@ in this process as far as its first steps, whatever the model, the loss and the 
 value of the flag is computed back from that: label smoothing from the loss, a learning rate from how far weights moved.
 """
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,9 +45,10 @@ def about(value, tolerance=1e-3):
 def task(steps_of, command):
     """The model's class, whether it has a teacher, and what a step returns; of what is not trained: what is scored."""
     torch.save(vit.create("vit_micro4", 16, 0).state_dict(), "init.pt")
-    if any(name in command for name in train.TRAINING_FREE):
+    if "knn" in command:
         assert run(f"{command} --init init.pt --out run") == 0
-        return set(eval(Path("run/result.json").read_text())) & {"top1", "top1_5shot", "top1_10shot"}
+        result = json.loads(Path("run/result.json").read_text())
+        return [name for name in result if name.startswith(("top", "test")) or (name == "steps" and result[name])]
     step = steps_of(f"{command} --init init.pt")[0]
     teacher = getattr(step.model, "teacher", None) is not None
     return type(step.model).__name__, teacher, " ".join(sorted(step.metrics))
@@ -523,9 +525,7 @@ TABLE = {
         "--task mpp": ("MPP", False, "accuracy grad_norm loss rec"),
         "--task mae": ("HPM", False, "grad_norm loss rec"),
         "--task hpm": ("HPM", True, "correlation grad_norm loss pred rec"),
-    }, task),
-    "--task ": ("--arch vit_micro4 --img-size 16 --overwrite", {
-        "--task knn": {"top1"},
+        "--task knn": ["top1"],
     }, task),
     "--arch": ("--img-size 32", {
         "--arch vit_ti16": (192, 12, 3, 16),
@@ -632,10 +632,10 @@ def test_a_flag_does_what_it_says(flag, steps_of):
     rest, values, look = TABLE[flag]
     for value, expected in values.items():
         assert look(steps_of, f"{rest} {value}") == expected, value
-    assert len({repr(expected) for expected in values.values()}) > 1 or len(values) == 1
+    assert len({repr(expected) for expected in values.values()}) > 1, "two values that do the same say nothing"
 
 
 def test_every_flag_has_a_row():
     """A flag without one may do nothing, and nobody would know."""
     with_flag = {f"--{field.name.replace('_', '-')}" for field in flags.FIELDS if field.metadata["metavar"] is not None}
-    assert with_flag == {flag.strip() for flag in TABLE}
+    assert with_flag == TABLE.keys()
