@@ -305,6 +305,26 @@ def test_alone_everything_returns_what_it_was_given():
     assert not distributed.is_peer_lost(RuntimeError("Connection closed by peer"))
 
 
+@pytest.mark.parametrize(("words", "lost"), [
+    ("[gloo/pair.cc:523] Connection closed by peer [127.0.0.1]:4321", True),
+    ("[gloo/pair.cc:553] Read error [127.0.0.1]:4321: Connection reset by peer", True),
+    ("[gloo/unbound_buffer.cc:78] Timed out waiting 600000ms for recv operation to complete", True),
+    ("NCCL communicator was aborted on rank 1.", True),
+    ("mat1 and mat2 shapes cannot be multiplied", False),
+])  # fmt: skip
+def test_the_death_of_a_process_is_told_from_other_errors(words, lost, monkeypatch):
+    """By the words of gloo and NCCL: another error is a fault of the program, and shows where."""
+    be(monkeypatch, 0, 2)
+    assert distributed.is_peer_lost(RuntimeError(words)) == lost
+
+
+def test_one_process_prints(monkeypatch, capsys):
+    for rank in (0, 1):
+        be(monkeypatch, rank, 2)
+        distributed.print0(f"process {rank}")
+    assert capsys.readouterr().out == "process 0\n"
+
+
 BAD = {
     "--batch-size 9": "--batch-size 9 2 processes multiple of 2",
     "--batch-size 6 --mixup 0.8": "--batch-size 6 even multiple of 4",
