@@ -75,7 +75,7 @@ PAPERS = [
                       alpha=(0.0, 0.5)),
     ),
     *(
-        (f"HPM, section 4: alpha up to 0.2 for the target {target}", f"--task hpm --target {target} {flags}",
+        (f"HPM, section 4: alpha up to {alpha} for the target {target}", f"--task hpm --target {target} {flags}",
          MASKED | dict(epochs=800, target=target, mask="hard", alpha=(0.0, alpha)))
         for target, flags, alpha in (
             ("norm-pixels", "", 0.5), ("hog", "", 0.5), ("ema", "", 0.2), ("dino", "--target-weights x.pt", 0.2),
@@ -83,7 +83,7 @@ PAPERS = [
         )
     ),
     (
-        "MAE's main_pretrain.py and HPM's PRETRAIN.md: 40 epochs of warm-up in 200 epochs too",
+        "MAE's and HPM's main_pretrain.py: 40 epochs of warm-up, however long the run is",
         "--task hpm --epochs 200",
         dict(epochs=200, warmup=(40, "epochs")),
     ),
@@ -103,13 +103,13 @@ PAPERS = [
     ),
     (
         "MAE, table 9, and FINETUNE.md, ViT-Large: 50 epochs, layer decay 0.75, drop path 0.2; HPM's "
-        "finetune_large.sh: blr 5e-4",
+        "finetune_large.sh: blr 5e-4, where MAE has 1e-3",
         "--task finetune --arch vit_l16",
         ADAMW | TABLE_9 | dict(epochs=50, batch_size=1024, rate=5e-4, warmup=(5, "epochs"), weight_decay=0.05,
                                crop=(0.08, 1.0), layer_decay=0.75, drop_path=0.2),
     ),
     (
-        "MAE, table 9, and FINETUNE.md, ViT-Huge: 50 epochs, layer decay 0.75, drop path 0.3",
+        "MAE, table 9, and FINETUNE.md, ViT-Huge: 50 epochs, layer decay 0.75, drop path 0.3; ours: blr as of ViT-Large",
         "--task finetune --arch vit_h14",
         ADAMW | TABLE_9 | dict(epochs=50, batch_size=1024, rate=5e-4, warmup=(5, "epochs"), weight_decay=0.05,
                                crop=(0.08, 1.0), layer_decay=0.75, drop_path=0.3),
