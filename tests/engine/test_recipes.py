@@ -109,7 +109,7 @@ PAPERS = [
                                crop=(0.08, 1.0), layer_decay=0.75, drop_path=0.2),
     ),
     (
-        "MAE, table 9, and FINETUNE.md, ViT-Huge: 50 epochs, layer decay 0.75, drop path 0.3; ours: blr as of ViT-Large",
+        "MAE, table 9, and FINETUNE.md, ViT-Huge: 50 epochs, layer decay 0.75, drop path 0.3; blr as of ViT-Large",
         "--task finetune --arch vit_h14",
         ADAMW | TABLE_9 | dict(epochs=50, batch_size=1024, rate=5e-4, warmup=(5, "epochs"), weight_decay=0.05,
                                crop=(0.08, 1.0), layer_decay=0.75, drop_path=0.3),
