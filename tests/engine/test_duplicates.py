@@ -26,6 +26,27 @@ def test_a_hash_compares_the_lowest_frequencies_with_their_median():
     assert torch.equal(duplicates.perceptual_hash(0.3 * images + 50), ours), "brightness and contrast do not matter"
 
 
+def test_a_splits_hashes_are_those_of_its_whole_images(tmp_path):
+    """At their own size in memory, at 64 x 64 in a folder. Each channel counts as it does in the picture."""
+    images, statistics = pixels(70, 3, 40, 48), ((0.1, 0.5, 0.9), (0.05, 0.3, 1.0))  # more than one batch
+    split = data.InMemory(images, torch.arange(70), *statistics)
+    codes, read = duplicates.hash_split(split, "cpu")
+    # Undoing the normalisation rounds in float32: a frequency at the median itself may change its side.
+    assert ((codes > 0) != duplicates.perceptual_hash(images)).sum(dim=1).max() <= 2
+    assert (codes.abs() == 1).all()
+    assert read.all()
+
+    sizes = [(80, 64), (64, 64)]
+    for i, size in enumerate(sizes):
+        save_image(photograph(images[i]).resize(size), tmp_path / "x" / f"{i}.png")
+    codes, _ = duplicates.hash_split(image_folder.Folder(tmp_path, *statistics), "cpu")
+    for i, (width, height) in enumerate(sizes):
+        box = ((width - 64) / 2, 0, (width + 64) / 2, height)  # the middle, all of the short side
+        whole = np.array(photograph(images[i]).resize((width, height)).resize((64, 64), box=box))
+        oracle = duplicates.perceptual_hash(torch.from_numpy(whole).permute(2, 0, 1)[None])[0]
+        assert ((codes[i] > 0) != oracle).sum() <= 2
+
+
 @pytest.mark.parametrize("kind", ["memory", pytest.param("folder", marks=pytest.mark.slow)])
 def test_a_picture_is_found_again_however_it_was_compressed(kind, tmp_path):
     """The test crops of the photographs: smaller and as JPEG they are the same pictures, their neighbours are not."""

@@ -56,7 +56,9 @@ def test_a_folder_is_a_data_set_with_the_classes_of_train(tmp_path, monkeypatch)
         assert pets.classes == ["cat", "dog"]
         assert (len(pets.train), len(pets.test)) == (3, 2)
         assert pets.train.labels.tolist() == [0, 0, 1]
-        assert (pets.name, pets.mean, pets.std) == ("folder", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        assert pets.name == "folder"
+        for split in (pets, pets.train, pets.test):  # the documentation of torchvision.models
+            assert (split.mean, split.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def test_a_folder_without_train_or_val_is_refused(tmp_path):
@@ -79,7 +81,7 @@ def test_a_class_without_an_image_is_refused(split, tmp_path):
     dog = tmp_path / split / "dog"
     dog.mkdir()
     (dog / "dog.txt").write_text("no image")
-    with refusal("no image", dog, ".png"):
+    with refusal("no image", dog, ".jpg .jpeg .png"):
         data.load(f"folder:{tmp_path}")
 
 
@@ -415,6 +417,10 @@ def test_randaugment_applies_two_operations_each_with_probability_one_half(monke
     assert np.percentile(strength, 16) == pytest.approx(0.85, abs=0.005)  # one standard deviation below
     assert set(sign) == {-1, 1}
     assert sign.mean() == pytest.approx(0, abs=0.05)
+    calls.clear()
+    for _ in range(100):
+        image_folder.randaugment(image, 0.0, rng)
+    assert min(s for _, s, _ in calls) == 0, "a strength below 0 is 0"
 
 
 def test_randaugment_is_a_function_of_the_draw_in_training_only(tmp_path):
@@ -603,7 +609,23 @@ def test_more_than_five_percent_of_unreadable_images_are_refused(tmp_path, capfd
                 list(split.train_batches((4, 4), 8, range(10), 0, (0.2, 1.0), CPU))
         assert len(split.unreadable) == 3
     assert issubclass(image_folder.UnreadableImages, ValueError)
+    with refusal("4 of 40", "the last is another.png;", error=image_folder.UnreadableImages):
+        split.skip({"another.png": "said another process"})
     capfd.readouterr()
+
+
+def test_what_stands_in_for_unreadable_images_keeps_its_label():
+    """In training others of the batch do; in a test it stays black, with the label -1."""
+    broken = [("a.png", "empty"), ("b.png", "cut")]
+    samples = [(image, i, None) for i, image in enumerate(flat(5))]
+    samples[1], samples[4] = (torch.zeros(3, 8, 8).byte(), 1, broken[0]), (torch.zeros(3, 8, 8).byte(), 4, broken[1])
+    images, labels, failures = image_folder.collate(samples, replace=True)
+    assert (labels.tolist(), failures) == ([0, 2, 2, 3, 2], broken)  # of 0, 2, 3 those in places 1 and 4 % 3
+    assert (images == 20 * labels[:, None, None, None]).all(), "another image's label"
+    images, labels, failures = image_folder.collate(samples, replace=False)
+    assert (labels.tolist(), failures) == ([0, -1, 2, 3, -1], broken)
+    assert images[:, 0, 0, 0].tolist() == [0, 0, 40, 60, 0]
+    assert image_folder.collate(samples[2:4], replace=True)[1].tolist() == [2, 3]
 
 
 def test_a_training_batch_never_has_the_label_minus_1(tmp_path, capfd):
@@ -611,7 +633,10 @@ def test_a_training_batch_never_has_the_label_minus_1(tmp_path, capfd):
     coloured_folder(tmp_path, 20)
     (tmp_path / "b" / "005.png").write_bytes(b"")
     split = image_folder.Folder(tmp_path, *PLAIN)
-    with refusal("no image of a batch", tmp_path / "b" / "005.png", error=image_folder.UnreadableImages):
+    with refusal(
+        f"no image of a batch can be decoded, {tmp_path / 'b' / '005.png'} and others",
+        error=image_folder.UnreadableImages,
+    ):
         for _, labels in split.train_batches((4, 4), 1, range(20), 0, (0.2, 1.0), CPU):
             assert labels.min() >= 0
     capfd.readouterr()
