@@ -67,6 +67,12 @@ def test_colours_stay_in_range_beyond_white_and_black():
     assert mpp.mean_colour(images, 2, MEAN, STD).tolist() == [[0], [511]]
 
 
+def test_colours_are_named_on_the_device():
+    """(meta: a device without numbers.)"""
+    images = torch.empty(2, 3, 4, 4, device="meta")
+    assert mpp.mean_colour(images, 2, MEAN, STD).device.type == "meta"
+
+
 def test_half_of_the_patches_are_chosen_by_the_noise():
     """The half with the largest numbers; of an odd count the smaller half."""
     for N in (2, 9, 10):
