@@ -240,7 +240,7 @@ def learning_rate(step, steps, peak, warmup, decay="cosine"):
 
 
 def schedule(config, step, images_per_epoch):
-    """What changes from step to step: the learning rate and, for HPM, the share of hard patches α_t and the momentum."""
+    """What changes from step to step: the learning rate and, for HPM, the share of hard patches α_t, the momentum m."""
     return dict(
         lr=learning_rate(step, config.steps, config.lr[0], config.warmup, config.decay),
         alpha=hpm.hard_fraction(step, config.steps, *config.alpha),
