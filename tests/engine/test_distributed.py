@@ -119,6 +119,7 @@ def runs(tmp_path_factory):
     return folder, out, err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINED)
 def test_two_processes_log_what_one_logs(name, runs):
     """Losses, gradient norms, learning rates: of masks that the teacher guides, blended pairs, micro-batches, shards.
@@ -151,6 +152,7 @@ def check_weights(one, two, start):
         assert (one[key] - two[key]).abs().max() <= 1e-3 * change, key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINED)
 def test_two_processes_end_with_the_weights_of_one(name, runs, monkeypatch):
     """And the teacher's, the average of all steps, what was sharded, and the optimizer's momentum."""
@@ -181,6 +183,7 @@ def check_states(one, two, name):
         assert (state[name] - two[i][name]).abs().max() <= 1e-3 * largest, i
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "adamw-fsdp"])
 def test_the_first_gradient_of_adam_is_that_of_one_process(name, runs):
     """Its running mean after one step is a tenth of the gradient. Weights are no measure: Adam divides by it."""
@@ -189,6 +192,7 @@ def test_the_first_gradient_of_adam_is_that_of_one_process(name, runs):
     check_states(one, two, "exp_avg")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bfloat16", "bfloat16-fsdp"])
 def test_in_bfloat16_the_first_loss_is_about_the_same(name, runs):
     """It has eight bits, 2^-9 of each value; FSDP rounds the parameters of norms too. The errors of 10^4 values average
@@ -201,6 +205,7 @@ def test_in_bfloat16_the_first_loss_is_about_the_same(name, runs):
     assert {value.dtype for value in checkpoint(folder / f"{name}-2")["model"].values()} == {torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["knn", "fewshot"])
 def test_frozen_features_are_those_of_one_process(task, runs):
     """They come together in the order of the images: accuracies are the same."""
@@ -211,6 +216,7 @@ def test_frozen_features_are_those_of_one_process(task, runs):
     assert [one[name] for name in scores] == [two[name] for name in scores]
 
 
+@pytest.mark.slow
 def test_two_processes_shard_and_finish_what_one_began(runs):
     """Resumed with --fsdp after step 2: weights and momentum are spread over the shards, and come together again."""
     folder, *_ = runs
@@ -222,6 +228,7 @@ def test_two_processes_shard_and_finish_what_one_began(runs):
     assert [line["step"] for line in log(folder / "resumed-2")] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_the_first_process_speaks_and_writes_for_all(runs):
     """One description and one result of each command; the folder holds what that of one process holds."""
     folder, out, _ = runs
@@ -232,12 +239,14 @@ def test_the_first_process_speaks_and_writes_for_all(runs):
         assert one == two
 
 
+@pytest.mark.slow
 def test_images_that_cannot_be_decoded_are_counted_over_all_processes(runs):
     """3 of 40 are more than 5 %, though no process met more than two of them."""
     _, _, err = runs
     assert "error: 3 of 40 images can't be decoded, more than 5 %" in err
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_with_what_two_saved_in_shards(runs, no_figures, monkeypatch):
     """The files have no shards."""
     folder, *_ = runs
