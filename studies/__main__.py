@@ -1,0 +1,79 @@
+"""Write docs/STUDIES.md from all results: `python -m studies`."""
+
+import importlib
+
+from studies import study
+
+PAGE = study.HERE.parent / "docs" / "STUDIES.md"
+START = """# The papers' claims, put to the test on a laptop
+
+Written by `python -m studies` from [`studies/results`](../studies/results); do not edit. Each study is one file of
+[`studies/`](../studies); `python -m studies.NAME` makes its runs. The models have up to a million parameters, the papers'
+have 86 and more: what is not shown here may well hold there, and the other way round.
+
+Differences are paired by seed; ± is the half width of a 95 % interval (Student's t). **Shown**: the interval lies on the
+claim's side of zero, or, of things that are said to be alike, inside the margin. **The opposite**: on the other side.
+**Not shown**: neither, with these seeds.
+"""
+
+
+def names():
+    """The studies that have results, in order."""
+    return sorted(path.stem for path in study.RESULTS.glob("*.json") if (study.HERE / f"{path.stem}.py").exists())
+
+
+def section(name):
+    """The page's part for one study: a string of Markdown."""
+    module, runs = importlib.import_module(f"studies.{name}"), study.read(name)
+    title, _, text = module.__doc__.partition("\n")
+    lines = [f"## {title.rstrip('.')}", "", f"[`studies/{name}.py`](../studies/{name}.py)", text.strip(), ""]
+    lines += ["| claim | the paper | here: difference | seeds | verdict |", "| --- | --- | --- | --- | --- |"]
+    for claim in module.claims(runs):
+        mean, half = study.interval(claim.differences)
+        found = f"{mean:+.2f} ± {half:.2f} {claim.unit}"
+        found += "" if claim.margin is None else f" (alike: within {claim.margin})"
+        lines.append(f"| {claim.text} | {claim.paper} | {found} | {len(claim.differences)} | {study.verdict(claim)} |")
+    lines += [
+        "",
+        f"![{title}](../studies/results/{name}.png)",
+        "",
+        *table(runs, module.TABLE),
+        "",
+        time_taken(runs),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def table(runs, columns):
+    """Means and intervals of every arm: lines of Markdown. columns: {title: (stage, score)}."""
+    lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        cells = []
+        for stage, name in columns.values():
+            values = list(study.score(runs, arm, stage, name).values())
+            mean, half = study.interval(values)
+            cells.append(
+                ("{:.3f} ± {:.3f}" if abs(mean) < 2 else "{:.1f} ± {:.1f}").format(mean, half) if values else ""
+            )
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def time_taken(runs):
+    """How long all runs of a study took, on what: a sentence."""
+    machines = {}
+    for run in runs:
+        seconds = sum(scores["seconds"] for scores in run["scores"].values())
+        machines.setdefault(run["machine"], []).append(seconds)
+    each = [f"{sum(s) / 3600:.1f} h on {machine} ({len(s)} runs)" for machine, s in machines.items()]
+    return "Time, added up over runs: " + ", ".join(each) + "."
+
+
+def page():
+    return START + "\n" + "\n".join(section(name) for name in names())
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
+    print(f"wrote {PAGE.relative_to(study.HERE.parent)}")

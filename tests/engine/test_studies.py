@@ -1,0 +1,131 @@
+"""The studies: intervals and verdicts, runs that go on where they were, and a page that says what the results say."""
+
+import json
+import math
+import types
+
+import numpy as np
+import pytest
+
+from studies import __main__ as page
+from studies import study
+
+
+def claim(differences, margin=None):
+    return study.Claim("a claim", "a paper", np.array(differences), "points", margin)
+
+
+def test_the_interval_is_students():
+    """Mean ± t s / √n; the quantiles of Student's t are from any table of it: 4.303 for 2 degrees, 2.776 for 4."""
+    mean, half = study.interval([1.0, 2.0, 6.0])
+    assert mean == pytest.approx(3.0)
+    assert half == pytest.approx(4.303 * math.sqrt(7.0 / 3), rel=1e-3)  # the variance of 1, 2, 6 is 7
+    mean, half = study.interval([0.0, 1.0, 2.0, 3.0, 4.0])
+    assert half == pytest.approx(2.776 * math.sqrt(2.5 / 5), rel=1e-3)
+    assert study.interval([5.0]) == (5.0, math.inf)  # one seed says nothing of the spread
+
+
+@pytest.mark.parametrize(
+    ("differences", "margin", "expected"),
+    [
+        ([1.0, 1.1, 0.9], None, "shown"),
+        ([-1.0, -1.1, -0.9], None, "the opposite"),
+        ([1.0, -1.0, 0.5], None, "not shown"),
+        ([1.0], None, "not shown"),
+        ([1.0, 1.1, 0.9], 2.0, "shown"),  # alike
+        ([-1.0, -1.1, -0.9], 2.0, "shown"),
+        ([3.0, 3.1, 2.9], 2.0, "the opposite"),
+        ([-3.0, -3.1, -2.9], 2.0, "the opposite"),
+        ([2.0, 2.1, 1.9], 2.0, "not shown"),  # across the edge of the margin
+        ([5.0, -5.0, 0.0], 2.0, "not shown"),
+    ],
+)
+def test_a_verdict_is_where_the_interval_lies(differences, margin, expected):
+    assert study.verdict(claim(differences, margin)) == expected
+
+
+def test_differences_are_paired_by_seed():
+    """Seeds that only one arm has do not count, whatever the order of the runs."""
+    runs = [
+        dict(arm=arm, seed=seed, scores=dict(linear=dict(top1=top1)))
+        for arm, seed, top1 in [("a", 2, 10.0), ("b", 1, 1.0), ("a", 1, 5.0), ("b", 2, 2.0), ("a", 3, 99.0)]
+    ]
+    assert study.differences(runs, "a", "b", "linear", "top1").tolist() == [4.0, 8.0]
+
+
+@pytest.fixture()
+def made(monkeypatch, tmp_path):
+    """The list of commands that a study in an empty folder runs; each of them leaves what train.py leaves."""
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(study, "FOLDERS", tmp_path / "runs")
+    commands = []
+
+    def run(command, **options):
+        commands.append(command)
+        out = study.Path(command[command.index("--out") + 1])
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "log.jsonl").write_text(json.dumps(dict(step=1, loss=1.0)) + "\n" + json.dumps(dict(step=2, top1=50.0)))
+        (out / "last.pt").touch()
+        (out / "result.json").write_text(json.dumps(dict(top1=50.0, seconds=3.0)))
+        return types.SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(study.subprocess, "run", run)
+    return commands
+
+
+def small_study(**changes):
+    values = dict(RUNS={"a": "--steps 1", "b": "--steps 2"}, PROBES={"linear": "--init {init}"}, SEEDS=(0, 1))
+    return types.SimpleNamespace(**values | changes)
+
+
+def test_what_is_there_is_not_made_again(made):
+    """Every run and probe once; a second call makes nothing; a new seed, arm or probe makes what is missing of it."""
+    runs = study.complete(small_study(), "small")
+    assert len(made) == 8  # two arms, two seeds, each with a probe
+    assert len(runs) == 4
+    assert runs[0]["scores"] == dict(train=dict(top1=50.0, seconds=3.0), linear=dict(top1=50.0, seconds=3.0))
+    assert runs[0]["log"] == [dict(step=2, top1=50.0)]
+    study.complete(small_study(), "small")
+    assert len(made) == 8
+    study.complete(small_study(SEEDS=(0, 1, 2)), "small")
+    assert len(made) == 12
+    study.complete(small_study(PROBES={"linear": "--init {init}", "knn": "--task knn --init {init}"}), "small")
+    assert len(made) == 16
+    study.complete(small_study(RUNS={"other name": "--steps 2"}), "another")  # studies share runs
+    assert len(made) == 16
+
+
+def test_a_run_that_was_killed_goes_on(made):
+    """With a checkpoint and no result it is resumed; without a checkpoint it starts anew."""
+    flags, seed = "--steps 1", 0
+    study.make("a", flags, seed, {})
+    assert "--overwrite" in made[0]
+    assert "--resume" not in made[0]
+    next(study.FOLDERS.iterdir()).joinpath("result.json").unlink()
+    study.make("a", flags, seed, {})
+    assert "--resume" in made[1]
+
+
+def test_a_failed_run_is_told_with_its_last_words(made, monkeypatch):
+    failed = types.SimpleNamespace(returncode=2, stderr="error: there is no such data")
+    monkeypatch.setattr(study.subprocess, "run", lambda *a, **k: failed)
+    with pytest.raises(RuntimeError, match="there is no such data"):
+        study.complete(small_study(), "small")
+
+
+@pytest.mark.parametrize("name", page.names())
+def test_a_study_says_all_that_the_page_needs(name):
+    """Its source first, then runs, probes and seeds; claims have one difference for each seed, at least three."""
+    module = page.importlib.import_module(f"studies.{name}")
+    assert module.__doc__
+    runs = study.read(name)
+    assert {run["arm"] for run in runs} == set(module.RUNS)
+    assert all(run["flags"] == module.RUNS[run["arm"]] for run in runs), "results of other flags; run the study again"
+    for told in module.claims(runs):
+        assert len(told.differences) >= 3, told.text
+    assert (study.RESULTS / f"{name}.png").exists()
+
+
+def test_the_page_says_what_the_results_say():
+    """docs/STUDIES.md is `python -m studies` of the stored results, word by word."""
+    assert page.PAGE.read_text() == page.page(), "run python -m studies"
