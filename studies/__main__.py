@@ -7,13 +7,13 @@ from studies import study
 PAGE = study.HERE.parent / "docs" / "STUDIES.md"
 START = """# The papers' claims, put to the test on a laptop
 
-Written by `python -m studies` from [`studies/results`](../studies/results); do not edit. Each study is one file of
-[`studies/`](../studies); `python -m studies.NAME` makes its runs. The models have up to a million parameters, the papers'
-have 86 and more: what is not shown here may well hold there, and the other way round.
+Written by `python -m studies` from [`studies/results`](../studies/results); do not edit. Each study is one file
+of [`studies/`](../studies); `python -m studies.NAME` makes its runs. The models have up to a million parameters, the
+papers' have 86 and more: what is not shown here may well hold there, and the other way round.
 
-Differences are paired by seed; ± is the half width of a 95 % interval (Student's t). **Shown**: the interval lies on the
-claim's side of zero, or, of things that are said to be alike, inside the margin. **The opposite**: on the other side.
-**Not shown**: neither, with these seeds.
+Differences are paired by seed; ± is the half width of a 95 % interval (Student's t). **Shown**: the interval lies on
+the claim's side of zero, or, of things that are said to be alike, inside the margin. **The opposite**: on the other
+side. **Not shown**: neither, with these seeds.
 """
 
 

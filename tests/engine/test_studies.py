@@ -53,7 +53,7 @@ def test_differences_are_paired_by_seed():
     assert study.differences(runs, "a", "b", "linear", "top1").tolist() == [4.0, 8.0]
 
 
-@pytest.fixture()
+@pytest.fixture
 def made(monkeypatch, tmp_path):
     """The list of commands that a study in an empty folder runs; each of them leaves what train.py leaves."""
     monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
