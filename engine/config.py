@@ -28,7 +28,7 @@ from related import positions, resnet
 AUTOENCODERS = ("mae", "hpm")
 PRETRAINING = ("mpp", *AUTOENCODERS)
 TRAINING_FREE = ("knn", "fewshot")  # measured without a step of training
-TASKS = ("supervised", *PRETRAINING, "finetune", "linear", *TRAINING_FREE)
+TASKS = ("supervised", *PRETRAINING, "finetune", "linear", *TRAINING_FREE, "predict")
 ARCHS = (*vit.ARCHS, *resnet.ARCHS)
 POS_EMBEDS = ("none", "1d", "sincos", *positions.KINDS)
 SHOTS = (5, 10)  # examples of each class, for few-shot evaluation
@@ -96,6 +96,10 @@ class Config:
     labels: int | None = flag("N", "use N training images alone, the same number of each class", int, POSITIVE)
     deduplicate: str | None = flag("D", "drop training images that occur in the test set of this data")
     init: str | None = flag("PATH|URL", "weights to start from: ours, timm, MAE, HPM, Hugging Face, Google")
+    init_grid: tuple[int, int] | None = flag(
+        "RxC", "rows x columns of patches that the positions of --init are of, where its file does not say", image_size
+    )
+    images: str | None = flag("PATH", "predict: an image, or a folder of images")
     out: str | None = flag("DIR", "run folder; default runs/TASK-ARCH-DATA", saved=False)
     overwrite: bool = flag("", "replace the run that is in --out", bool, saved=False)
     resume: bool = flag("", "go on with the run that is in --out", bool, saved=False)
@@ -144,13 +148,17 @@ class Config:
         "A0,AT", "share of hard patches at start and end; default 0,0.5", pair,
         Range(lambda v: len(v) == 2 and all(0 <= a <= 1 for a in v), "two shares in [0, 1], as 0,0.5"),
     )  # fmt: skip
+    teacher: str = flag("T", "whole | in-turn: what the teacher sees; default whole", allowed=("whole", "in-turn"))
     predictor_loss: str = flag(
         "L", f"{' | '.join(hpm.PREDICTORS)}; default relative for hpm, none for mae", allowed=hpm.PREDICTORS
     )
     target: str = flag("T", f"{' | '.join(hpm.TARGETS)}; default pixels", allowed=hpm.TARGETS)
     target_weights: str | None = flag("PATH|URL", "of the frozen ViT for the targets dino and clip")
     seed: int = flag("SEED", "default 0", int, NOT_NEGATIVE)
-    device: str = flag("D", "cuda | cpu; default cuda where there is one", allowed=("cuda", "cpu"))
+    workers: int | None = flag(
+        "N", "processes that decode images of folder:, 0 for none; default one a core", int, NOT_NEGATIVE
+    )
+    device: str = flag("D", "cuda | cuda:N | mps | cpu; default cuda where there is one")
     dtype: str = flag("T", "float32 | bfloat16; default bfloat16 on cuda", allowed=("float32", "bfloat16"))
     compile: bool = flag("", "torch.compile; default on cuda", bool)
     checkpointing: bool = flag("", "less memory, more time: compute blocks twice", bool)
@@ -197,6 +205,8 @@ RECIPES = {
         steps={"cpu": 28, "cuda": 600}, batch_size=8, lr=1e-2, warmup=0.2, weight_decay=0.05, crop=(0.08, 1.0)
     ),
     ("supervised", "fashion-mnist"): SMALL | dict(epochs=16, lr=4e-3, crop=0),
+    # Every epoch lays the items over other photographs, at other places: a crop would only cut them.
+    ("supervised", "scenes"): SMALL | dict(epochs=8, lr=4e-3, crop=None),
     ("supervised", "cifar"): SMALL | dict(epochs=100, lr=2e-3, crop=4),
     # The ViT paper's masked patch prediction (appendix B.1.2): 2e-4 for a batch of 4096, warm-up 10k of 1M steps.
     ("mpp", "folder"): dict(
@@ -210,6 +220,7 @@ RECIPES = {
         steps={"cpu": 24, "cuda": 600}, batch_size=8, lr=4e-3, warmup=0.1, weight_decay=0.05, crop=(0.2, 1.0)
     ),
     ("pretrain", "fashion-mnist"): SMALL | dict(epochs=16, lr=4e-3, crop=(0.5, 1.0)),
+    ("pretrain", "scenes"): SMALL | dict(epochs=8, lr=4e-3, crop=None),
     ("pretrain", "cifar"): SMALL | dict(epochs=200, lr=2e-3, crop=(0.2, 1.0)),
     # MAE's for ViT-B (table 9), with HPM's layer decay.
     ("finetune", "folder"): dict(
@@ -221,6 +232,7 @@ RECIPES = {
         layer_decay=0.8,
     ),
     ("finetune", "fashion-mnist"): SMALL | dict(epochs=4, lr=4e-3, crop=0, layer_decay=0.8),
+    ("finetune", "scenes"): SMALL | dict(epochs=4, lr=4e-3, crop=None, layer_decay=0.8),
     ("finetune", "cifar"): SMALL | dict(epochs=50, lr=2e-3, crop=4, layer_decay=0.8),
     # MAE's (table 10), with SGD in place of LARS, and without augmentation: so features are computed once.
     ("linear", "any"): dict(epochs=90, batch_size=1024, lr=0.1, warmup=0.1, weight_decay=0.0, crop=None),
@@ -274,11 +286,11 @@ def configure(given):
 
     default(task="supervised", arch="vit_b16", data="photos", seed=0, decay="cosine", overwrite=False, resume=False)
     default(device="cuda" if torch.cuda.is_available() else "cpu")
-    default(dtype="bfloat16" if values.device == "cuda" else "float32", checkpointing=False, fsdp=False)
-    default(compile=values.device == "cuda" and not values.fsdp)
+    default(dtype="bfloat16" if values.device.startswith("cuda") else "float32", checkpointing=False, fsdp=False)
+    default(compile=values.device.startswith("cuda") and not values.fsdp)
     hard, features = values.task == "hpm", values.target in hpm.FEATURE_TARGETS
     default(mask="hard" if hard else "random", predictor_loss="relative" if hard else "none", mask_ratio=0.75)
-    default(target="pixels", alpha=(0.0, 0.2 if features else 0.5))
+    default(target="pixels", teacher="whole", alpha=(0.0, 0.2 if features else 0.5))
     default(optimizer="sgd" if values.task == "linear" else "adamw")
     default(**(dict(gelu="exact", pixels="own") | trained_with(values.init)))
     check(values)
@@ -303,7 +315,7 @@ def configure(given):
     default(micro_batch=values.batch_size // distributed.WORLD_SIZE, lr=(recipe["lr"] * values.batch_size / 256,))
     check_processes(values, dataset)
     if values.task in TRAINING_FREE or (values.steps is None and values.epochs is None and "steps" in recipe):
-        values.steps = recipe["steps"][values.device]
+        values.steps = recipe["steps"]["cpu" if values.device == "cpu" else "cuda"]
     if values.steps is None:
         default(epochs=recipe.get("epochs"))
         values.steps = math.ceil(values.epochs * len(dataset.train) / values.batch_size)
@@ -333,6 +345,8 @@ def trained_with(init):
 def load_dataset(config):
     """The data of a run; with --deduplicate, --labels and for few-shot evaluation a part of its training images."""
     dataset = data.load(config.data, config.img_size, config.data_dir)
+    for split in (dataset.train, dataset.test):
+        split.workers = config.workers
     if config.pixels == "half":
         dataset = data.to_plus_minus_1(dataset)
     if config.deduplicate:
