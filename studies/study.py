@@ -35,6 +35,25 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).parent
 RESULTS, FOLDERS = HERE / "results", HERE.parent / "runs" / "studies"
 
+# What most studies pre-train on, and what they measure.
+SCENES = "--data scenes --arch vit_micro8 --steps 2000"
+FROZEN = "--data scenes --arch vit_micro8 --pool mean --init {init}"
+PROBES = {
+    "linear": f"--task linear {FROZEN} --epochs 20",
+    "knn": f"--task knn {FROZEN}",
+    "few": f"--task fewshot {FROZEN}",
+    "labels-1000": f"--task finetune {FROZEN} --labels 1000 --steps 400",
+    "labels-all": f"--task finetune {FROZEN} --steps 1500",
+}
+FIGURES = {  # title: (stage, score)
+    "test L_rec": ("train", "test_rec"),
+    "linear (%)": ("linear", "top1"),
+    "kNN (%)": ("knn", "top1"),
+    "10 images a class (%)": ("few", "top1_10shot"),
+    "fine-tuned, 1,000 labels (%)": ("labels-1000", "top1"),
+    "fine-tuned, all labels (%)": ("labels-all", "top1"),
+}
+
 # ---------------------------------------------------------------------------------------------
 # Runs
 # ---------------------------------------------------------------------------------------------
