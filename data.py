@@ -1,10 +1,11 @@
 """Images, in batches, and all randomness of a run.
 
-Three kinds of split, one pair of methods:
+Four kinds of split, one pair of methods:
 
     InMemory      small sets: uint8 tensors, cropped, flipped and normalised a batch at a time, on the device
     Photographs   a few large ones, of which every sample is another crop
     Folder        ImageNet's layout on disk, see engine/image_folder.py
+    Scenes        made on the fly: an item before a part of a photograph, see engine/scenes.py
 
     split.train_batches(…)   shuffled and augmented, one batch a step
     split.test_batches(…)    every image once, in order
@@ -34,7 +35,7 @@ from engine import augment, files
 
 # mean, std: one number a channel, of pixels in [0, 1]. train, test: two splits.
 Dataset = namedtuple("Dataset", "name classes mean std train test")
-NATIVE_SIZE = {"fashion-mnist": 28, "cifar10": 32, "cifar100": 32}  # pixels
+NATIVE_SIZE = {"fashion-mnist": 28, "cifar10": 32, "cifar100": 32, "scenes": 64, "scenes-many": 96}  # pixels
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -43,7 +44,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # ---------------------------------------------------------------------------------------------
 
 # Purposes: each has random numbers of its own.
-ORDER, CROP, MIX, MASK, ERASE, SUBSET, MODEL, EVALUATION = range(8)
+ORDER, CROP, MIX, MASK, ERASE, SUBSET, MODEL, EVALUATION, SCENE = range(9)
 
 
 def generator(seed, *key, device="cpu"):
@@ -314,7 +315,7 @@ CIFAR_MD5 = {
     "cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8",
 }
 
-NAMES = ("photos", "fashion-mnist", "cifar10", "cifar100", "folder:PATH")
+NAMES = ("photos", "scenes", "scenes-many", "fashion-mnist", "cifar10", "cifar100", "folder:PATH")
 
 
 def load(name, size=(224, 224), data_dir=None):
@@ -332,6 +333,10 @@ def load(name, size=(224, 224), data_dir=None):
         return fashion_mnist(data_dir / name)
     if name in ("cifar10", "cifar100"):
         return cifar(name, data_dir)
+    if name in ("scenes", "scenes-many"):
+        from engine import scenes  # here, for it needs this file
+
+        return scenes.load(data_dir, many=name == "scenes-many")
     if name.startswith("folder:"):
         from engine import image_folder  # here, for it needs this file
 

@@ -784,7 +784,7 @@ def test_b_l_and_h_have_the_papers_parameter_counts(arch, paper):
 
 def test_every_arch_has_a_name_and_the_width_depth_and_heads_of_its_size():
     names = {f"vit_{size}{patch}": (size, patch) for size in TABLE_1 for patch in (8, 14, 16, 32)}
-    assert vit.ARCHS.keys() == names.keys() | {"vit_micro4"}
+    assert vit.ARCHS.keys() == names.keys() | {"vit_micro4", "vit_micro8"}
     for arch, (size, patch) in names.items():
         D, L, k = TABLE_1[size]
         assert vit.ARCHS[arch] == dict(patch_size=patch, dim=D, depth=L, num_heads=k), arch
@@ -809,15 +809,16 @@ def test_a_vit_is_vit_b_16_unless_told_otherwise():
         assert isinstance(model.norm_pre, nn.Identity)
 
 
-@pytest.mark.parametrize("img_size", [28, 32])
-def test_micro_is_small_and_made_for_small_images(img_size):
+@pytest.mark.parametrize(("img_size", "patch_size"), [(28, 4), (32, 4), (64, 8)])
+def test_micro_is_small_and_made_for_small_images(img_size, patch_size):
     """At most 0.9M parameters. Its sizes are ours: width 64, depth 6, 4 heads, MLP twice as wide, fixed positions."""
-    model = meta("vit_micro4", img_size)
-    assert model.grid == (img_size // 4, img_size // 4)
+    arch = f"vit_micro{patch_size}"
+    model = meta(arch, img_size)
+    assert model.grid == (img_size // patch_size, img_size // patch_size)
     assert parameters(model) <= 900_000
     assert model(torch.zeros(2, 3, img_size, img_size, device="meta")).shape == (2, 1000)
-    assert vit.ARCHS["vit_micro4"] == dict(
-        patch_size=4, dim=64, depth=6, num_heads=4, mlp_ratio=2, pos_embed="sincos"
+    assert vit.ARCHS[arch] == dict(
+        patch_size=patch_size, dim=64, depth=6, num_heads=4, mlp_ratio=2, pos_embed="sincos"
     ), "checkpoints of all users of this arch would not fit any more"
 
 
@@ -831,7 +832,7 @@ def test_create_passes_sizes_on_and_lets_options_win():
 
 
 @pytest.mark.parametrize(
-    ("arch", "nearest"), [("vitb16", "vit_b16"), ("vit_micro", "vit_micro4"), ("vit-l32", "vit_l32"), ("?", "vit_ti8")]
+    ("arch", "nearest"), [("vitb16", "vit_b16"), ("vit_micr4", "vit_micro4"), ("vit-l32", "vit_l32"), ("?", "vit_ti8")]
 )
 def test_an_unknown_arch_is_refused_with_the_nearest_name(arch, nearest):
     message = rf"^unknown arch '{re.escape(arch)}'; did you mean {nearest}\? There are vit_ti8, vit_ti14, vit_ti16, "

@@ -80,7 +80,7 @@ def test_the_image_size_is_the_datas_own_or_224_or_what_is_given(command, size, 
 
 
 def test_an_unknown_name_is_answered_with_the_nearest(small, capsys):
-    assert run("--arch vit_micro5") == 2
+    assert run("--arch vit_micr4") == 2
     assert "did you mean vit_micro4?" in capsys.readouterr().err
 
 
