@@ -67,6 +67,7 @@ ROWS = [
     Row("easy to hard: α_t", ("HPM easy to hard",), "08_easy_to_hard", "α_t = α_0"),
     Row("the teacher's update, and its momentum m", ("EMA",), "08_easy_to_hard", "θ_t ← m θ_t"),
     Row("L = L_rec + L_pred, one step", ("HPM total",), "09_hpm_end_to_end", "L = L_rec + L_pred"),
+    Row("ours: the teacher asked in turn, L̂ of hidden patches", ("HPM in turn",), "08_easy_to_hard", "L̂_i = mean over"),
 ]  # fmt: skip
 EQUATIONS = [name for row in ROWS for name in row.equations]
 
@@ -182,6 +183,10 @@ EXERCISES = [
         "mask convention inverted: True is hidden; pairs counted over visible patches; the target of all patches, or "
         "of the visible ones; L_pred's gradient let into its target; the teacher's prediction in place of the "
         "student's; indices not in order"),
+    Exercise("hpm", "average_in_turn", (23,), "L̂ in turn, ours", 20,
+        "wrong axis: the mean over passes, patches or images; divided by the number of passes in place of those in "
+        "which the patch was hidden; the pass's mean not subtracted, or taken over shown patches too; predictions "
+        "put where they stand in line, not where their patch is"),
 ]  # fmt: skip
 
 

@@ -512,6 +512,29 @@ def student_loops(student, image, visible, hidden):
 
 
 # ---------------------------------------------------------------------------------------------
+# The teacher asked in turn (ours), of one image
+# ---------------------------------------------------------------------------------------------
+
+
+def split_in_turn_loops(noise, hidden):
+    """The groups of patches, as lists: as few as show and hide each patch, from equal distances on the noise's ring."""
+    N = len(noise)
+    ring, groups = sorted(range(N), key=lambda i: noise[i]), 1
+    while groups * (N - hidden) < N or groups * hidden < N:
+        groups += 1
+    return [[ring[(g * N // groups + k) % N] for k in range(N - hidden)] for g in range(groups)]
+
+
+def average_in_turn_loops(passes, patches):
+    """passes: of each, {hidden patch: its predicted loss} -> of each patch the mean of what it has above its pass's."""
+    answers = []
+    for i in range(patches):
+        above = [answer[i] - sum(answer.values()) / len(answer) for answer in passes if i in answer]
+        answers.append(sum(above) / len(above))
+    return answers
+
+
+# ---------------------------------------------------------------------------------------------
 # HPM: L_pred, and its gradient, of a batch: predicted, true (B, n)
 # ---------------------------------------------------------------------------------------------
 

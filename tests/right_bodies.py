@@ -912,8 +912,7 @@ RIGHT_BODIES["HPM.forward"] = {
             results = {"teacher_loss": None}
             features = None
             if self.teacher is not None:
-                with torch.no_grad():
-                    results["teacher_loss"], features = self.teacher.predict_loss(images)
+                results["teacher_loss"], features = self.ask_teacher(images, noise)
             if mask is None:
                 mask = self.draw_mask(images, noise, results["teacher_loss"], hard_fraction)
             rows = [row.nonzero()[:, 0] for row in mask]
@@ -936,7 +935,7 @@ RIGHT_BODIES["HPM.forward"] = {
         """,
     "losses kept in the precision of the model": """
         def forward(self, images, noise, hard_fraction=0.0, mask=None):
-            L_teacher, f_teacher = self.ask_teacher(images)
+            L_teacher, f_teacher = self.ask_teacher(images, noise)
             drawn = self.draw_mask(images, noise, L_teacher, hard_fraction) if mask is None else mask
             N, n = drawn.shape[1], self.hidden
             place = torch.arange(N, device=drawn.device)
@@ -962,7 +961,7 @@ RIGHT_BODIES["HPM.forward"] = {
         def forward(self, images, noise, hard_fraction=0.0, mask=None):
             out = {}
             if self.teacher is not None:
-                out["teacher_loss"], out["features"] = self.ask_teacher(images)
+                out["teacher_loss"], out["features"] = self.ask_teacher(images, noise)
             out["mask"] = mask
             if mask is None:
                 out["mask"] = self.draw_mask(images, noise, out.get("teacher_loss"), hard_fraction)
@@ -978,5 +977,32 @@ RIGHT_BODIES["HPM.forward"] = {
                 out["correlation"] = rank_correlation(out["predicted_loss"], out["patch_loss"])
                 out["loss"] = out["loss"] + out["pred"]
             return out
+        """,
+}
+
+RIGHT_BODIES["average_in_turn"] = {
+    "patch after patch": """
+        def average_in_turn(predicted, hidden, patches):
+            out = torch.zeros(len(predicted), patches, dtype=predicted.dtype, device=predicted.device)
+            above = predicted - predicted.mean(dim=-1, keepdim=True)
+            for b in range(len(predicted)):
+                for i in range(patches):
+                    out[b, i] = above[b][hidden[b] == i].mean()
+            return out
+        """,
+    "a product with one-hot vectors": """
+        def average_in_turn(predicted, hidden, patches):
+            B, G, n = predicted.shape
+            one_hot = F.one_hot(hidden, patches).to(predicted.dtype)  # (B, G, n, N)
+            offset = predicted.sum(dim=2) / n
+            total = torch.einsum("bgn,bgni->bi", predicted, one_hot) - torch.einsum("bg,bgni->bi", offset, one_hot)
+            return total / one_hot.sum(dim=(1, 2))
+        """,
+    "without a number where a patch was shown": """
+        def average_in_turn(predicted, hidden, patches):
+            table = torch.full((*hidden.shape[:2], patches), math.nan, dtype=predicted.dtype, device=predicted.device)
+            table.scatter_(2, hidden, predicted)
+            table -= table.nanmean(dim=2, keepdim=True)
+            return table.nanmean(dim=1)
         """,
 }

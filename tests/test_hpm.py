@@ -1046,6 +1046,114 @@ def test_the_teacher_is_the_student_without_reconstruction_and_gradient():
 
 
 # ---------------------------------------------------------------------------------------------
+# The teacher asked in turn
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.equation("HPM in turn")
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_groups_in_turn_equal_the_loops(ratio):
+    """Each as large as a student's visible part, so that the teacher is asked what the student is taught."""
+    for N in (*range(11, 50), 196):
+        n = oracles.count_hidden_loops(N, ratio)
+        noise = uniform(3, N)
+        visible, hidden = hpm.split_in_turn(noise, n)
+        for b, row in enumerate(noise.tolist()):
+            assert visible[b].tolist() == oracles.split_in_turn_loops(row, n), f"{N} patches, {n} hidden"
+        both = torch.cat([visible, hidden], dim=2).sort(dim=2).values
+        assert (both == torch.arange(N)).all(), "what is not shown is hidden"
+        for what, index in (("shown", visible), ("hidden", hidden)):
+            assert all(len(set(rows)) == N for rows in index.flatten(1).tolist()), f"a patch of {N} is never {what}"
+
+
+@pytest.mark.equation("HPM in turn")
+@pytest.mark.parametrize(
+    ("N", "ratio", "groups"), [(196, 0.75, 4), (196, 0.5, 2), (196, 0.25, 4), (49, 0.75, 5), (256, 0.9, 11)]
+)
+def test_there_are_as_few_groups_as_can_be(N, ratio, groups):
+    """At 75 % of 196 four that share no patch: the encoder sees each patch once."""
+    visible, _ = hpm.split_in_turn(uniform(2, N), hpm.count_hidden(N, ratio))
+    assert visible.shape == (2, groups, int(N * (1 - ratio)))
+    times = torch.zeros(2, N).scatter_add(1, visible.flatten(1), torch.ones(visible.flatten(1).shape))
+    assert times.max() - times.min() <= 1, "some patches are shown more often than others by more than one"
+
+
+def test_groups_are_random():
+    """Any two patches are shown together equally often: (v - 1) / (N - 1), by five standard deviations."""
+    visible, _ = hpm.split_in_turn(uniform(20000, 16), 12)
+    first = torch.zeros(20000, 16, dtype=torch.bool).scatter(1, visible[:, 1], True)
+    one, two = shares(first)
+    equal(one, np.full(16, 4 / 16), atol=0.016)
+    equal(two[~torch.eye(16, dtype=torch.bool)], np.full(240, 4 / 16 * 3 / 15), atol=0.01)
+
+
+def passes(batch, N, n, seed=0):
+    """Predictions (B, G, n) of the hidden patches of each pass, each with an offset of its own, and their indices."""
+    _, hidden = hpm.split_in_turn(uniform(batch, N, seed=seed), n)
+    return random(*hidden.shape) + 10 * random(*hidden.shape[:2], 1, seed=2), hidden
+
+
+IN_TURN = "for each patch the mean, over the passes in which it was hidden, of its prediction less the pass's mean"
+
+
+@pytest.mark.equation("HPM in turn")
+@pytest.mark.exercise("average_in_turn")
+@pytest.mark.parametrize(("batch", "N", "n"), [(3, 24, 18), (1, 49, 37), (2, 16, 8), (2, 20, 7), (1, 5, 2)])
+def test_the_average_in_turn_equals_the_loops(batch, N, n):
+    """With groups of any size; in some a patch is hidden more often than another."""
+    predicted, hidden = passes(batch, N, n)
+    before = predicted.clone(), hidden.clone()
+    ours = hpm.average_in_turn(predicted, hidden, N)
+    assert ours.shape == (batch, N), f"{tuple(ours.shape)}, not (B, N)"
+    for b in range(batch):
+        rows = zip(hidden[b].tolist(), predicted[b].tolist(), strict=True)
+        answers = [dict(zip(*row, strict=True)) for row in rows]
+        equal(ours[b], oracles.average_in_turn_loops(answers, N), IN_TURN)
+    assert torch.equal(predicted, before[0]), "the predictions that were given are changed"
+    assert torch.equal(hidden, before[1]), "the indices that were given are changed"
+
+
+@pytest.mark.equation("HPM in turn")
+@pytest.mark.exercise("average_in_turn")
+def test_the_offset_of_a_pass_says_nothing():
+    """Losses are compared within a pass: a number added to all predictions of one changes nothing."""
+    predicted, hidden = passes(2, 24, 18)
+    ours = hpm.average_in_turn(predicted, hidden, 24)
+    moved = hpm.average_in_turn(predicted + 5 * random(2, 4, 1, seed=3), hidden, 24)
+    equal(moved, ours, "another offset for each pass gave another answer")
+
+
+@pytest.mark.equation("HPM in turn")
+@pytest.mark.exercise("average_in_turn")
+def test_passes_and_patches_may_come_in_any_order():
+    """The indices say which patch a prediction is of."""
+    predicted, hidden = passes(2, 24, 18)
+    ours = hpm.average_in_turn(predicted, hidden, 24)
+    order = uniform(2, 4, 18, seed=4).argsort(dim=2)
+    shuffled = hpm.average_in_turn(predicted.gather(2, order), hidden.gather(2, order), 24)
+    equal(shuffled, ours, "the patches of a pass listed in another order")
+    equal(hpm.average_in_turn(predicted.flip(1), hidden.flip(1), 24), ours, "the passes in another order")
+
+
+def test_a_mean_of_its_own_for_each_pass_is_as_good_as_solving_for_all_offsets():
+    """True losses, with noise and an offset in each pass, at 75 %: the best guess without bias is least squares."""
+    true = random(500, 24).exp()
+    _, hidden = hpm.split_in_turn(uniform(1, 24), 18)  # one split for all
+    G = hidden.shape[1]
+    noise = random(500, G, 1, seed=2) + random(500, G, 18, seed=3) / 2
+    predicted = true[:, hidden[0]] + noise
+    of_pass = torch.eye(G, dtype=torch.float64).repeat_interleave(18, dim=0)
+    equations = np.hstack([np.eye(24)[hidden.flatten()], of_pass])  # (G * n, N + G)
+    best = torch.from_numpy(np.linalg.lstsq(equations, predicted.flatten(1).T.numpy(), rcond=None)[0][:24].T)
+    ours, best = (
+        hpm.rank_correlation(x, true).item()
+        for x in (hpm.average_in_turn(predicted, hidden.expand(500, -1, -1), 24), best)
+    )
+    assert best > 0.9
+    assert ours > best - 0.01, f"{ours:.4f}, where {best:.4f} is possible"
+
+
+# ---------------------------------------------------------------------------------------------
 # One step
 # ---------------------------------------------------------------------------------------------
 
@@ -1245,6 +1353,102 @@ def test_noise_of_another_shape_is_refused(mask, shape, wanted):
         model(images_of(model), uniform(*shape))
 
 
+def noise_in_turn(batch=3):
+    """The noise of a step in turn: its first column is the mask's, its last splits the patches."""
+    return uniform(batch, 24, 2, seed=3)
+
+
+@pytest.mark.equation("HPM in turn")
+@pytest.mark.exercise("HPM.forward")
+@pytest.mark.parametrize("ratio", [0.75, 0.4])
+def test_in_turn_the_teacher_predicts_hidden_patches_alone(ratio):
+    """By loops: a pass for each group, each patch the mean of its passes; and the hard mask of that, from the noise."""
+    model, noise = small(teacher="in-turn", mask_ratio=ratio), noise_in_turn(2)
+    assert model.noise_columns == 2
+    images = images_of(model, 2)
+    out = model(images, noise, 0.5)
+    for b, (of_mask, of_split) in enumerate(zip(noise[..., 0].tolist(), noise[..., 1].tolist(), strict=True)):
+        passes = []
+        for visible in oracles.split_in_turn_loops(of_split, model.hidden):
+            hidden = [i for i in range(24) if i not in visible]
+            _, predicted = oracles.student_loops(model.teacher, images[b].numpy(), visible, hidden)
+            passes.append(dict(zip(hidden, predicted, strict=True)))
+        oracle = oracles.average_in_turn_loops(passes, 24)
+        equal(out["teacher_loss"][b], oracle, "each patch predicted while it is hidden", atol=1e-8)
+        mask = oracles.hard_mask_loops(out["teacher_loss"][b].tolist(), of_mask, ratio, 0.5)
+        assert out["mask"][b].tolist() == mask, "not the hard mask of this prediction, and of the noise's first column"
+    assert not out["teacher_loss"].requires_grad
+
+
+@pytest.mark.equation("HPM in turn")
+def test_in_turn_no_patch_has_a_say_in_its_own_prediction():
+    """NaN in its pixels reaches the predictions of others, never its own; whole, it would reach all."""
+    model = small(teacher="in-turn")
+    images, noise = images_of(model, 1), noise_in_turn(1)
+    before, _ = model.ask_teacher(images, noise)
+    for patch in (0, 7, 23):
+        patches = vit.patchify(images, 2)
+        patches[:, patch] = math.nan
+        after, _ = model.ask_teacher(vit.unpatchify(patches, 2, (4, 6)), noise)
+        assert after[0, patch] == before[0, patch]
+        assert after.isnan().any()
+        assert small().teacher.predict_loss(vit.unpatchify(patches, 2, (4, 6)))[0].isnan().all()
+
+
+@pytest.mark.equation("HPM in turn")
+def test_in_turn_the_features_are_those_of_the_whole_image():
+    """The target ema is f_θt(x) however the teacher is asked; where it is not the target, nobody computes it."""
+    model = small("ema", teacher="in-turn")
+    images = images_of(model)
+    features = model.teacher.predict_loss(images)[1]
+    assert torch.equal(model.ask_teacher(images, noise_in_turn())[1], features)
+    out = model(images, noise_in_turn(), 0.5)
+    target = vit.gather(features, out["hidden"])
+    equal(out["patch_loss"], hpm.reconstruction_loss(out["prediction"], target, "cosine"), atol=FLOAT32)
+    assert small(teacher="in-turn").ask_teacher(images, noise_in_turn())[1] is None
+
+
+def test_in_turn_every_image_has_a_split_of_its_own():
+    """So a part of a batch, as a process or a micro-batch has it, gets what it would get in all of it."""
+    model, noise = small(teacher="in-turn"), noise_in_turn()
+    images = images_of(model)
+    all_of_it, _ = model.ask_teacher(images, noise)
+    for b in range(3):
+        equal(model.ask_teacher(images[b : b + 1], noise[b : b + 1])[0], all_of_it[b : b + 1])
+    other = noise.clone()
+    other[..., 0] = uniform(3, 24, seed=8)
+    assert torch.equal(model.ask_teacher(images, other)[0], all_of_it), "the mask's noise splits nothing"
+
+
+def test_in_turn_a_given_mask_needs_no_noise():
+    """For evaluation; then nobody asks, but for the target's features."""
+    for target in ("pixels", "ema"):
+        model, mask = small(target, teacher="in-turn"), split(small())[0]
+        whole = small(target)(images_of(model), None, mask=mask)
+        out = model(images_of(model), None, mask=mask)
+        assert out["teacher_loss"] is None
+        assert torch.equal(out["loss"], whole["loss"])
+        with_noise = model(images_of(model), noise_in_turn(), mask=mask)
+        assert torch.equal(with_noise["mask"], mask)
+        assert with_noise["teacher_loss"].shape == (3, 24)
+
+
+@pytest.mark.parametrize("shape", [(3, 24), (3, 24, 1), (3, 24, 3), (2, 24, 2), (3, 23, 2)])
+def test_in_turn_noise_of_another_shape_is_refused(shape):
+    model, mask = small(teacher="in-turn"), split(small())[0]
+    for given in (None, mask):
+        with pytest.raises(ValueError, match=r"^noise has the shape .*; hard masks need \(3, 24, 2\) here$"):
+            model(images_of(model), uniform(*shape), mask=given)
+
+
+@pytest.mark.parametrize("mask", ["random", "block", "grid"])
+def test_a_teacher_that_nobody_asks_is_not_asked_in_turn(mask):
+    """The option would do nothing; for its features (ema) a teacher is shown the whole image."""
+    for target in ("pixels", "ema"):
+        with pytest.raises(ValueError, match=rf"^{mask} masks ask no teacher: use teacher whole, or mask hard"):
+            small(target, mask=mask, teacher="in-turn")
+
+
 def frozen_for(target, channels=2):
     """A ViT to take features from: without a head as DINO, with a projection to 10 numbers as CLIP."""
     if target not in ("dino", "clip"):
@@ -1320,6 +1524,7 @@ def test_the_names_stand_once():
     assert (hpm.FEATURE_TARGETS, hpm.FROZEN_TARGETS) == (("ema", "dino", "clip"), ("dino", "clip"))
     assert hpm.METRICS == ("l2", "smooth-l1", "cosine", "cross-entropy")
     assert hpm.PREDICTORS == ("relative", "absolute", "none")
+    assert hpm.TEACHERS == ("whole", "in-turn")
 
 
 @pytest.mark.parametrize(("target", "metric"), [("pixels", "l2"), ("ema", "cosine"), ("clip", "cross-entropy")])
@@ -1341,13 +1546,16 @@ def test_losses_are_taken_in_float32_under_autocast(target, metric):
     assert out["pred"].item() == pytest.approx(pred, rel=FLOAT32)
 
 
-CASES = [("hard", target, "relative") for target in WIDTHS] + [("hard", "pixels", "absolute")]
+CASES = [("hard", target, "relative", "whole") for target in WIDTHS] + [("hard", "pixels", "absolute", "whole")]
+CASES += [("hard", target, "relative", "in-turn") for target in ("pixels", "ema")]
 
 
-@pytest.mark.parametrize(("mask", "target", "predictor"), CASES + [(m, "pixels", "none") for m in KINDS[:3]])
-def test_a_step_never_waits_for_the_device(mask, target, predictor, waits):
+@pytest.mark.parametrize(
+    ("mask", "target", "predictor", "teacher"), CASES + [(m, "pixels", "none", "whole") for m in KINDS[:3]]
+)
+def test_a_step_never_waits_for_the_device(mask, target, predictor, teacher, waits):
     """No value is read on the way: the host runs ahead, and the accelerator is never idle."""
-    model = small(target, mask=mask, predictor=predictor, frozen=frozen_for(target))
+    model = small(target, mask=mask, predictor=predictor, teacher=teacher, frozen=frozen_for(target))
     images, noise, given = images_of(model), noise_for(model), split(model)[0]
     with waits() as seen:
         model(images, noise, 0.5)["loss"].backward()
@@ -1367,6 +1575,17 @@ def test_masks_are_made_on_the_device(kind, waits):
     assert seen.reads == seen.copies == []
 
 
+@pytest.mark.parametrize("ratio", [0.75, 0.4])
+def test_groups_in_turn_are_made_on_the_device(ratio, waits):
+    with waits() as seen, torch.device("meta"):
+        noise = torch.empty(2, 24)
+    with seen:
+        visible, hidden = hpm.split_in_turn(noise, hpm.count_hidden(24, ratio))
+        average = hpm.average_in_turn(hidden.float(), hidden, 24)
+    assert {visible.device.type, average.device.type} == {"meta"}
+    assert seen.reads == seen.copies == []
+
+
 def test_hog_is_made_on_the_device():
     assert hpm.hog(torch.empty(1, 2, 8, 8, device="meta"), 4).device.type == "meta"
 
@@ -1383,6 +1602,7 @@ def test_hog_is_made_on_the_device():
         (dict(predictor="rank"), "^unknown predictor 'rank'; there are relative, absolute, none$"),
         (dict(mask="hardest"), "^unknown mask 'hardest'; there are random, block, grid, hard$"),
         (dict(metric="l1"), "^unknown metric 'l1'; there are l2, smooth-l1, cosine, cross-entropy$"),
+        (dict(teacher="in turn"), "^unknown teacher 'in turn'; there are whole, in-turn$"),
         (dict(predictor="none"), "^hard masks need a loss predictor: use .*, or another mask$"),
         (dict(predictor="none", mask="hard"), "hard masks need a loss predictor"),
         (dict(target="dino"), "^the target dino needs a frozen model: give its weights$"),

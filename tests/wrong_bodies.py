@@ -1423,7 +1423,7 @@ WRONG_BODIES["ema_momentum"] = (
 WRONG_BODIES["HPM.forward"] = (
     """
     def forward(self, images, noise, hard_fraction=0.0, mask=None):
-        teacher_loss, features = self.ask_teacher(images)
+        teacher_loss, features = self.ask_teacher(images, noise)
         if mask is None:
             mask = self.draw_mask(images, noise, teacher_loss, hard_fraction)
         visible, hidden = split_mask(mask, self.hidden)
@@ -1464,14 +1464,18 @@ WRONG_BODIES["HPM.forward"] = (
         ),
         "the metric ignored": (", self.metric)", ")"),
         "the student predicts for the mask": (
-            "teacher_loss, features = self.ask_teacher(images)",
-            "teacher_loss, features = self.ask_teacher(images)\n"
+            "teacher_loss, features = self.ask_teacher(images, noise)",
+            "teacher_loss, features = self.ask_teacher(images, noise)\n"
             "        if self.mask == 'hard':\n"
             "            teacher_loss = self.student.predict_loss(images)[0].detach()",
         ),
+        "no noise for the teacher's turns": (
+            "self.ask_teacher(images, noise)",
+            "self.ask_teacher(images)",
+        ),
         "the student's features for the target": (
-            "teacher_loss, features = self.ask_teacher(images)",
-            "teacher_loss, features = self.ask_teacher(images)\n"
+            "teacher_loss, features = self.ask_teacher(images, noise)",
+            "teacher_loss, features = self.ask_teacher(images, noise)\n"
             "        features = self.student.predict_loss(images)[1].detach()",
         ),
         "the loss predictor gets no gradient": (
@@ -1526,6 +1530,72 @@ WRONG_BODIES["HPM.forward"] = (
         "the loss of each patch of the mean image": (
             "patch_loss=patch_loss",
             "patch_loss=patch_loss.mean(dim=0, keepdim=True)",
+        ),
+    },
+)
+
+WRONG_BODIES["average_in_turn"] = (
+    """
+    def average_in_turn(predicted, hidden, patches):
+        total = predicted.new_zeros(len(predicted), patches)
+        times = torch.zeros_like(total)
+        for g in range(predicted.shape[1]):
+            answer, index = predicted[:, g], hidden[:, g]
+            answer = answer - answer.mean(dim=1, keepdim=True)
+            total = total.scatter_add(1, index, answer)
+            times = times.scatter_add(1, index, torch.ones_like(answer))
+        return total / times
+    """,
+    {
+        "the pass's mean not subtracted": ("answer - answer.mean(dim=1, keepdim=True)", "answer + 0"),
+        "the mean of all passes subtracted": (
+            "answer.mean(dim=1, keepdim=True)",
+            "predicted.mean(dim=(1, 2))[:, None]",
+        ),
+        "the mean over images subtracted": ("answer.mean(dim=1, keepdim=True)", "answer.mean(dim=0, keepdim=True)"),
+        "the mean over all patches": (
+            "answer.mean(dim=1, keepdim=True)",
+            "answer.sum(dim=1, keepdim=True) / patches",
+        ),
+        "the median subtracted": (
+            "answer.mean(dim=1, keepdim=True)",
+            "answer.median(dim=1, keepdim=True).values",
+        ),
+        "the mean subtracted after averaging": (
+            "answer - answer.mean(dim=1, keepdim=True)",
+            "answer + 0",
+            "return total / times",
+            "return total / times - (total / times).mean(dim=1, keepdim=True)",
+        ),
+        "standardised": (
+            "answer = answer - answer.mean(dim=1, keepdim=True)",
+            "answer = (answer - answer.mean(dim=1, keepdim=True)) / answer.std(dim=1, keepdim=True)",
+        ),
+        "a sum": ("return total / times", "return total"),
+        "over all passes": ("return total / times", "return total / predicted.shape[1]"),
+        "over all passes but one": ("return total / times", "return total / max(1, predicted.shape[1] - 1)"),
+        "the last pass alone": (
+            "total = total.scatter_add(1, index, answer)",
+            "total = total.scatter(1, index, answer)",
+        ),
+        "the last pass, and its one time": (
+            "total = total.scatter_add(1, index, answer)",
+            "total = total.scatter(1, index, answer)",
+            "times = times.scatter_add(1, index, torch.ones_like(answer))",
+            "times = times.scatter(1, index, torch.ones_like(answer))",
+        ),
+        "the first pass left out": ("range(predicted.shape[1])", "range(1, predicted.shape[1])"),
+        "where they stand in line": ("hidden[:, g]", "hidden[:, g].sort(dim=1).values"),
+        "the groups of the first image": ("hidden[:, g]", "hidden[:1, g].expand(len(hidden), -1)"),
+        "the sign turned": ("return total / times", "return -total / times"),
+        "the answer of the mean image": (
+            "return total / times",
+            "return (total / times).mean(dim=0, keepdim=True).expand_as(total)",
+        ),
+        "one image loses its axis": ("return total / times", "return (total / times).squeeze(0)"),
+        "the predictions changed in place": (
+            "answer = answer - answer.mean(dim=1, keepdim=True)",
+            "answer.sub_(answer.mean(dim=1, keepdim=True))",
         ),
     },
 )
