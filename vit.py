@@ -158,14 +158,14 @@ class ViT(nn.Module):
         positions = self.pos_embed[:, self.num_prefix_tokens :]  # (1, N, D)
         if visible is not None:
             patches = gather(patches, visible)  # (B, n, P*P*C)
-            positions = gather(positions.expand(len(images), -1, -1), visible)  # (B, n, D)
+            positions = gather(positions.expand(images.shape[0], -1, -1), visible)  # (B, n, D)
         z = self.patch_embed(patches)  # x_p E, (B, n, D)
         if corrupt is not None:
             z = corrupt(z)
         z = z + positions
         if self.cls_token is not None:
             x_class = self.cls_token + self.pos_embed[:, :1]  # (1, 1, D)
-            z = torch.cat([x_class.expand(len(z), -1, -1), z], dim=1)  # (B, 1 + n, D)
+            z = torch.cat([x_class.expand(z.shape[0], -1, -1), z], dim=1)  # (B, 1 + n, D)
         return self.norm_pre(self.dropout(z))
 
     def encode(self, images, visible=None, inside=None, corrupt=None):
@@ -255,7 +255,7 @@ class DropPath(nn.Module):
     def forward(self, branch):
         if self.rate == 0.0 or not self.training:
             return branch
-        keep = torch.rand(len(branch), 1, 1, device=branch.device) >= self.rate
+        keep = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= self.rate
         return branch * (keep / (1 - self.rate)).to(branch.dtype)
 
 
@@ -394,7 +394,7 @@ def init_weights(module):
             nn.init.normal_(parameter, std=0.02)
 
 
-def load_weights(model, source, which="student"):
+def load_weights(model, source, which="student", grid=None, classes=None):
     """Load a checkpoint, a file or a URL, into a model; returns sentences on what was adapted, left or not used.
 
     which "student" or "teacher", where the file holds both; grid (rows, columns) of its positions, if it does not say;
@@ -403,11 +403,11 @@ def load_weights(model, source, which="student"):
     """
     from engine import weights
 
-    return weights.load(model, source, which)
+    return weights.load(model, source, which, grid, classes)
 
 
-def save_weights(model, path, layout="timm"):
-    """Write a ViT's weights as a .safetensors file.
+def save_weights(model, path, layout="timm", classes=None):
+    """Write a ViT's weights, the grid of its positions and the names of its classes as a .safetensors file.
 
     layout "timm": our own names too; timm.models.load_checkpoint takes it, with global_pool="token" for pool="cls" and
     "avg" for pool="mean" (its models have no "mlp" head any more). "hugging-face": for ViTForImageClassification of
@@ -416,7 +416,7 @@ def save_weights(model, path, layout="timm"):
     """
     from engine import weights
 
-    weights.write(path, model.state_dict(), layout)
+    weights.write(model, path, layout, classes)
 
 
 # --- Looking inside --------------------------------------------------------------------------

@@ -902,15 +902,31 @@ def test_weights_are_loaded_and_saved_by_the_engine(tmp_path, monkeypatch):
     assert vit.load_weights(second, tmp_path / "vit.safetensors") == []
     images = random(2, 3, 4, 6)
     assert torch.equal(second(images), first(images))
-    monkeypatch.setattr(weights, "load", lambda *given: given)
-    monkeypatch.setattr(weights, "write", lambda path, state, layout: calls.append((path, list(state), layout)))
+    for name in ("load", "write"):
+        monkeypatch.setattr(weights, name, lambda *given: calls.append(given) or given)
     calls = []
-    assert vit.load_weights(first, "x.pt") == (first, "x.pt", "student")
-    assert vit.load_weights(first, "x.pt", "teacher") == (first, "x.pt", "teacher")
-    vit.save_weights(first, "x.safetensors", "hugging-face")
+    assert vit.load_weights(first, "x.pt") == (first, "x.pt", "student", None, None)
+    everything = (first, "x.pt", "teacher", (2, 3), ["a", "b"])
+    assert vit.load_weights(*everything) == everything
+    vit.save_weights(first, "x.safetensors", "hugging-face", ["a", "b"])
     vit.save_weights(first, "x.safetensors")
-    names = list(first.state_dict())
-    assert calls == [("x.safetensors", names, "hugging-face"), ("x.safetensors", names, "timm")]
+    expected = [(first, "x.safetensors", "hugging-face", ["a", "b"]), (first, "x.safetensors", "timm", None)]
+    assert calls[2:] == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(pool="mean", class_token=False)],
+    ids=["class token", "mean over patches"],
+)
+def test_the_exported_model_takes_any_number_of_images(options):
+    """torch.export, and ONNX after it, keep what is a number in Python as a constant: len(z) would be one."""
+    model = filled(vit.create("vit_micro4", 8, num_classes=3, depth=1, **options)).eval()
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(model, (random(2, 3, 8, 8),), dynamic_shapes=({0: batch},)).module()
+    for B in (1, 5):
+        images = random(B, 3, 8, 8, seed=B)
+        equal(program(images), model(images).detach().numpy(), f"{B} images, exported with 2")
 
 
 ALONE = """
