@@ -86,12 +86,14 @@ def draw_noise(batch_size, N, columns, seed, step, device):
     return torch.rand(columns, batch_size, N, generator=rng, device=device).permute(1, 2, 0)
 
 
-def evaluation_noise(n, N, seed):
-    """As `draw_noise`, for the masks of n test images: (n, N), on the CPU.
+def evaluation_noise(n, N, seed, columns=1):
+    """As `draw_noise`, for the masks of n test images, on the CPU.
 
-    Row i depends on the seed and on i alone, not on n: runs of any length and kind are compared on the same masks.
+    Row i depends on the seed and on i alone, not on n, a column not on how many there are: runs of any length and kind
+    are compared on the same masks.
     """
-    return torch.rand(n, N, generator=generator(seed, EVALUATION))
+    drawn = [torch.rand(n, N, generator=generator(seed, EVALUATION, column)) for column in range(columns)]
+    return drawn[0] if columns == 1 else torch.stack(drawn, dim=-1)
 
 
 def balanced(labels, n, seed):

@@ -1,7 +1,7 @@
 """What a model is worth: its scores, and what a simple method makes of its frozen features.
 
     evaluate               loss and accuracy of a classifier
-    evaluate_pretraining   reconstruction loss of masked images, and whether HPM knows its own
+    evaluate_pretraining   reconstruction loss of masked images; whether HPM knows its own, and where objects are
     extract                frozen features, for
     nearest_neighbours     a vote of the most similar training images (DINO)
     few_shot               least squares from a few examples of each class (ViT)
@@ -24,7 +24,8 @@ from torch.nn import functional as F
 
 import data
 import hpm
-from engine import distributed
+import vit
+from engine import distributed, scenes
 
 # ---------------------------------------------------------------------------------------------
 # Scores
@@ -34,6 +35,9 @@ from engine import distributed
 def autocast(device, dtype):
     """Matrix products in bfloat16 if `dtype` says so; weights stay in float32."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+HARD = 0.5  # α of the masks that are compared with random ones: HPM's last, for whatever α a run has, and when
 
 
 @torch.inference_mode()
@@ -58,28 +62,61 @@ def evaluate(model, split, img_size, batch_size, device, dtype="float32"):
 
 @torch.inference_mode()
 def evaluate_pretraining(model, split, img_size, batch_size, device, dtype="float32", seed=0):
-    """Reconstruction loss "test_rec" and, if the model predicts it, "test_correlation", Spearman's, of the two.
+    """Scores of an `hpm.HPM` (MAE, too) or `mpp.MPP` by name.
 
-    model: an `hpm.HPM` (MAE, too) or `mpp.MPP`. Whatever masks it trains with, here they are random: a function of the
-    seed and the image alone, so that runs of any length and kind are compared on the same ones.
+    test_rec          the reconstruction loss
+    test_correlation  Spearman's, of predicted and true loss, if the model predicts it
+    test_object_auc   how well the teacher's prediction finds the object, see `object_auc`
+    test_hard_ratio   the reconstruction loss when HARD of the hidden patches are the teacher's choice, over test_rec
+
+    The last two if there is a teacher that predicts losses, and the split knows its objects. Whatever masks the model
+    trains with, here they are random: a function of the seed and the image alone, so that runs of any length and kind
+    are compared on the same ones.
     """
     masked = isinstance(model, hpm.HPM)
+    asks = masked and model.teacher is not None and model.predictor != "none" and isinstance(split, scenes.Scenes)
     N = math.prod((model.student if masked else model).encoder.grid)
-    columns = 1 if masked else model.noise_columns  # of numbers for each patch; a random mask takes one
-    noise = data.evaluation_noise(len(split), N * columns, seed)[distributed.test_shard()].split(batch_size)
+    columns = model.noise_columns if not masked or (asks and model.in_turn) else 1  # a random mask takes one
+    noise = data.evaluation_noise(len(split), N, seed, columns)[distributed.test_shard()].split(batch_size)
     noise = itertools.chain(noise, itertools.repeat(noise[-1]))  # for a batch that `test_batches` makes once more
+    batches = test_batches(model, split, img_size, batch_size, device, **({"objects": True} if asks else {}))
     sums = torch.zeros(3, device=device)  # images, rec, correlation
-    for (images, labels), rows in zip(test_batches(model, split, img_size, batch_size, device), noise, strict=False):
-        rows = data.to_device(rows, device)  # (b, N * columns)
+    found = torch.zeros(3, device=device)  # images with an object, AUC; rec with hard masks
+    for (images, labels, *objects), rows in zip(batches, noise, strict=False):
+        rows, count = data.to_device(rows, device), (labels >= 0).sum()  # (b, N), or (b, N, columns)
+        first = rows[..., 0] if columns > 1 else rows
         with autocast(device, dtype):
             if masked:
-                out = model(images, None, mask=hpm.random_mask(rows, model.mask_ratio))
+                out = model(images, rows if asks else None, mask=hpm.random_mask(first, model.mask_ratio))
             else:
-                out = model(images, rows.unflatten(1, (N, columns)))
-        count = (labels >= 0).sum()
+                out = model(images, rows)
+            if asks:
+                predicted = out["teacher_loss"].float()  # (b, N)
+                hard = model(images, None, mask=hpm.hard_mask(predicted, first, model.mask_ratio, HARD))
+                auc = object_auc(predicted, patches_with_objects(*objects, model.student.encoder.patch_size))
+                auc = auc.where(labels >= 0, math.nan)  # (b,)
+                found += torch.stack([auc.isfinite().sum(), auc.nansum(), count * hard["rec"]])
         sums += count * torch.stack([torch.ones_like(out["rec"]), out["rec"], out.get("correlation", out["rec"])])
-    n, rec, correlation = distributed.all_reduce_sum(sums).tolist()
-    return {"test_rec": rec / n} | ({"test_correlation": correlation / n} if "correlation" in out else {})
+    n, rec, correlation, seen, auc, hard = distributed.all_reduce_sum(torch.cat([sums, found])).tolist()
+    scores = {"test_rec": rec / n} | ({"test_correlation": correlation / n} if "correlation" in out else {})
+    return scores | ({"test_object_auc": auc / seen, "test_hard_ratio": hard / rec} if asks else {})
+
+
+def patches_with_objects(objects, patch_size):
+    """Whether objects cover a quarter of a patch and more: `scenes.Objects` -> (b, N) bool."""
+    covered = objects.masks.any(dim=1, keepdim=True).float()  # (b, 1, H, W)
+    return vit.patchify(covered, patch_size).mean(dim=-1) >= 0.25
+
+
+def object_auc(predicted, covered):
+    """The area under the ROC curve of a predicted loss as a detector of objects: (b, N), (b, N) bool -> (b,).
+
+    That is how often a patch with the object has the larger prediction than one without; 0.5 is chance, equal ones
+    count as half. NaN for an image in which all patches are alike.
+    """
+    pairs = covered[:, :, None] & ~covered[:, None, :]  # (b, N, N)
+    wins = (1 + (predicted[:, :, None] - predicted[:, None, :]).sign()) / 2
+    return (wins * pairs).sum(dim=(1, 2)) / pairs.sum(dim=(1, 2))
 
 
 @contextlib.contextmanager
@@ -93,21 +130,21 @@ def evaluating(model):
         model.train(training)
 
 
-def test_batches(model, split, img_size, batch_size, device):
+def test_batches(model, split, img_size, batch_size, device, **options):
     """The batches of this process's shard of a split, with the model in evaluation mode while they last.
 
-    The label -1 marks an image that does not count: one that could not be decoded, and all of a batch that comes once
-    more because another process has one more.
+    options: of the split's own `test_batches`. The label -1 marks an image that does not count: one that could not be
+    decoded, and all of a batch that comes once more because another process has one more.
     """
-    own = 0
+    own, how = 0, (img_size, batch_size, torch.device(device), distributed.test_shard())
     with evaluating(model):
-        for images, labels in split.test_batches(img_size, batch_size, torch.device(device), distributed.test_shard()):
+        for images, labels, *more in split.test_batches(*how, **options):
             own += 1
-            yield images, labels
+            yield images, labels, *more
         if distributed.is_sharded(model):
             largest = math.ceil(len(split) / distributed.WORLD_SIZE)  # images of a process
             for _ in range(math.ceil(largest / batch_size) - own):
-                yield images, torch.full_like(labels, -1)
+                yield images, torch.full_like(labels, -1), *more
     share_unreadable(split)
 
 

@@ -172,7 +172,7 @@ def test_masked_patch_prediction_is_evaluated_on_the_same_corruption():
     torch.manual_seed(0)
     model, split = mpp.create("vit_micro4", 16, *PLAIN), split_of(7, [0] * 7, 16)
     scores = [probes.evaluate_pretraining(model, split, (16, 16), n, "cpu", seed=5) for n in (3, 7)]
-    noise = data.evaluation_noise(7, 16 * 3, 5).reshape(7, 16, 3)
+    noise = data.evaluation_noise(7, 16, 5, columns=3)
     exact, images = model.double().eval(), normalised(split)
     with torch.no_grad():
         alone = [exact(images[i : i + 1], noise[i : i + 1])["rec"].item() for i in range(7)]
