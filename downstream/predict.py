@@ -20,12 +20,12 @@ from tqdm import tqdm
 
 import data
 from downstream import probes
-from engine import checkpoint as run_folder
 from engine import distributed, files, image_folder, plots, scenes, weights
 from engine.config import AUTOENCODERS
 
 CLASSIFIERS = ("supervised", "finetune", "linear")
 TOP, ROWS, PICTURES = 5, 20, 6  # classes of an image; images on the screen, and in the picture
+BATCH = 64  # images at a time, without --micro-batch
 STATISTICS = {  # mean and std, as `data.load` gives them; all other data have ImageNet's
     "fashion-mnist": ((0.2860,), (0.3530,)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -59,9 +59,9 @@ def run(config, out, build):
     dataset = data.Dataset(name, saved["classes"], mean, std, None, Images(find(config.images), mean, std, name))
     dataset.test.workers = dataset.test.workers if config.workers is None else max(1, config.workers)
     if task in AUTOENCODERS:
-        model = with_state(build(task, dataset), run_folder.read_checkpoint(init), init)
+        model = with_state(build(task, dataset), weights.content_of(init)[0], init)
     else:
-        dataset, model = load_classifier(init, trained, dataset, build)
+        dataset, model = load_classifier(config, init, trained, dataset, build)
     out = writable(out or (init.parent if Path(config.init).expanduser().exists() else "."))
     how = "x".join(map(str, config.img_size)), config.device, config.dtype
     print(f"predict: {config.arch} of {init}, {len(dataset.test):,} images brought to {', '.join(how)}")
@@ -87,19 +87,17 @@ def writable(out):
 
 
 def source(init):
-    """The file that --init means: of a URL the cached copy, of a run's folder its last.pt."""
-    if init.startswith(("http://", "https://")):
-        return weights.cached(init)
+    """The file that --init means: of a run's folder its last.pt, of a URL the kept copy. Raises ValueError."""
     path = Path(init).expanduser()
-    return path / "last.pt" if path.is_dir() else path
+    return path / "last.pt" if path.is_dir() else weights.local(path if path.exists() else init)
 
 
-def load_classifier(init, trained, dataset, build):
+def load_classifier(config, init, trained, dataset, build):
     """The data with the names of its classes, and a model images -> logits. trained: the config of the run.
 
     Raises ValueError for weights without a classifier, or without a part of the model: it would be another function.
     """
-    probe = run_folder.read_checkpoint(init) if trained["task"] == "linear" else None
+    probe = weights.content_of(init)[0] if trained["task"] == "linear" else None
     head = (probe["model"] if probe else weights.read(init)).get("head.weight")
     if head is None:
         raise ValueError(f"{init} has no classifier; train one with --task finetune or linear, and give that run")
@@ -109,15 +107,17 @@ def load_classifier(init, trained, dataset, build):
     if len(dataset.classes) != len(head):
         raise ValueError(f"{init} names {len(dataset.classes)} classes, and its head has {len(head)}; it is damaged")
     if probe:  # its encoder is in the file that it was trained on
-        start = source(trained["init"])
-        if not start.is_file() or probe.get("init_digest") not in (None, weights.digest(start)):
-            why = "has changed since" if start.is_file() else "is not there; start where this path leads to it"
-            raise ValueError(f"{init} is a linear probe of {start}, which {why}")
         encoder = build("linear", dataset)
-        weights.load(encoder, start)
+        try:
+            start = source(trained["init"])
+            if probe.get("init_digest") not in (None, weights.digest(start)):
+                raise ValueError("it has changed since")
+            weights.load(encoder, start, grid=trained.get("init_grid"))
+        except ValueError as error:
+            raise ValueError(f"{init} is a linear probe of {trained['init']}: {error}") from None
         return dataset, with_state(probes.LinearProbe(encoder, encoder.dim, len(head)), probe, init)
     model = build("supervised", dataset)
-    for note in weights.load(model, init):
+    for note in weights.load(model, init, grid=config.init_grid):
         if "left at" in note:
             raise ValueError(f"{init}: {note}; check --arch, and --pool cls or mean")
         print(f"{init}: {note}")
@@ -202,14 +202,17 @@ class Images:
 def tell(config, model, dataset, out):
     """Write predictions.csv, a row for each image; print the first rows as a table. Raises ValueError if none can be
     read, and for probabilities that are not finite."""
-    images, top = dataset.test, []
+    images, top, done = dataset.test, [], 0
     bar = tqdm(total=len(images), unit="image", dynamic_ncols=True, disable=None)
     with bar, probes.evaluating(model):
-        for batch, _ in images.test_batches(config.img_size, config.micro_batch, torch.device(config.device)):
+        for batch, _ in images.test_batches(config.img_size, config.micro_batch or BATCH, torch.device(config.device)):
             with probes.autocast(config.device, config.dtype):
                 logits = model(batch).float()  # (b, classes)
             top.append(logits.softmax(dim=1).topk(min(TOP, len(dataset.classes))))  # (b, k) each
             bar.update(len(batch))
+            done += len(batch)
+            if bar.disable and 10 * done // len(images) > 10 * (done - len(batch)) // len(images):
+                print(f"{done:,} of {len(images):,} images", file=sys.stderr)
     shares, labels = (torch.cat(part).tolist() for part in zip(*top, strict=True))  # n lists of k
     if not all(map(math.isfinite, itertools.chain(*shares))):
         raise ValueError("the probabilities are not finite: something went wrong in this model's training")

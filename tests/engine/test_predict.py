@@ -396,4 +396,4 @@ def test_a_linear_probe_needs_the_encoder_that_it_was_trained_on(change, runs, c
     assert predict_images("linear", "pictures/val") == 2
     [error] = errors(capsys)
     assert "linear probe of hpm/last.pt" in error
-    assert {"gone": "not there", "other": "changed"}[change] in error
+    assert {"gone": "no weights", "other": "changed"}[change] in error
