@@ -14,16 +14,16 @@ Read this file from top to bottom:
     main        the program around it
 
 The flags, and the papers' recipes for them, are in engine/config.py; what a run leaves behind is in
-engine/checkpoint.py; several GPUs (`torchrun --nproc_per_node=8 train.py …`) in engine/distributed.py.
+engine/checkpoint.py; signals and errors in engine/ending.py; several GPUs (`torchrun --nproc_per_node=8 train.py …`) in
+engine/distributed.py.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
-import json
 import math
-import os
-import signal
+import multiprocessing
 import sys
 import time
 import typing
@@ -31,19 +31,19 @@ import typing
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as compute_twice
-from tqdm import tqdm
 
 import data
 import hpm
 import vit
-from downstream import probes
+from downstream import predict, probes
 from engine import checkpoint as run_folder
 from engine import config as flags
-from engine import distributed, image_folder, plots, weights
+from engine import distributed, ending, memory, plots, report, weights
 from engine.config import AUTOENCODERS, PRETRAINING, SHOTS, TRAINING_FREE
 from related import mpp, positions, resnet
 
-MAX_GRAD_NORM = 1.0  # of the whole gradient, in the ViT paper's recipes (appendix B.1); MAE and HPM do not clip
+TOKENS = ("token", "pos_embed")  # the ends of the names of parameters that are added to tokens or stand among them
+MIN_LR = 1e-6  # where fine-tuning with AdamW ends (MAE's code)
 HELD_OUT = 0.1  # of the training images, to choose a learning rate; the paper's share for its small data sets
 EVALUATIONS = 10  # of a run that has more epochs than that
 SAVE_EVERY = 600  # seconds
@@ -87,6 +87,7 @@ def build_autoencoder(config, dataset):
         options["frozen"] = weights.load_frozen(
             config.target, config.arch, config.img_size, config.target_weights, in_chans
         )
+    options["teacher"] = config.teacher
     return hpm.create(config.arch, config.img_size, in_chans, config.target, config.predictor_loss, **options)
 
 
@@ -138,22 +139,26 @@ class Task(typing.NamedTuple):
     losses  what a step minimises, "loss", and what is logged beside it: scalars by name. None: nothing is trained
     score   (config, model, dataset) -> scores by name
     betas   of AdamW
-    clips   the optimizers whose gradient is clipped to MAX_GRAD_NORM
+    clip    the largest norm of the whole gradient, by optimizer; where there is none, it is not clipped
+    spared  the ends of the names of matrices without weight decay
     """
 
     build: typing.Callable
     losses: typing.Callable | None
     score: typing.Callable
     betas: tuple[float, float] = (0.9, 0.999)
-    clips: tuple[str, ...] = ()
+    clip: typing.Mapping[str, float] = {}
+    spared: tuple[str, ...] = TOKENS
 
 
+# Clipping: ViT, appendix B.1; HPM's code. Weight decay of tokens: MAE's and HPM's code in pre-training.
+MASKED = Task(build_autoencoder, autoencoder_losses, score_pretraining, betas=(0.9, 0.95), spared=())
 TASKS = {
-    "supervised": Task(build_classifier, classification_losses, score_classifier, clips=("adamw", "sgd")),
+    "supervised": Task(build_classifier, classification_losses, score_classifier, clip=dict(adamw=1.0, sgd=1.0)),
     "mpp": Task(build_mpp, mpp_losses, score_pretraining),
-    "mae": Task(build_autoencoder, autoencoder_losses, score_pretraining, betas=(0.9, 0.95)),
-    "hpm": Task(build_autoencoder, autoencoder_losses, score_pretraining, betas=(0.9, 0.95)),
-    "finetune": Task(build_classifier, classification_losses, score_classifier, clips=("sgd",)),
+    "mae": MASKED,
+    "hpm": MASKED._replace(clip=dict(adamw=5.0, sgd=5.0)),
+    "finetune": Task(build_classifier, classification_losses, score_classifier, clip=dict(sgd=1.0)),
     "linear": Task(build_encoder, classification_losses, score_classifier),
     "knn": Task(build_encoder, None, score_neighbours),
     "fewshot": Task(build_encoder, None, score_few_shot),
@@ -169,7 +174,8 @@ def build(config, dataset, resume=False):
     model = TASKS[config.task].build(config, dataset)
     if config.init and not (resume and config.task != "linear"):
         start = {"mpp": "encoder", "mae": "student", "hpm": "student"}.get(config.task)
-        for note in vit.load_weights(getattr(model, start) if start else model, config.init):
+        how = dict(grid=config.init_grid, classes=list(dataset.classes))
+        for note in weights.load(getattr(model, start) if start else model, config.init, **how):
             distributed.print0(f"{config.init}: {note}")
     if getattr(model, "teacher", None) is not None:
         hpm.ema_update(model.teacher, model.student, 0.0)  # the teacher starts as the student
@@ -185,16 +191,17 @@ def build(config, dataset, resume=False):
 # ---------------------------------------------------------------------------------------------
 
 
-def build_optimizer(model, name, lr, weight_decay, layer_decay, betas):
+def build_optimizer(model, name, lr, weight_decay, layer_decay, betas, spared=TOKENS):
     """AdamW, or SGD with momentum 0.9; weight decay on matrices alone, a learning rate for each layer.
 
-    layer_decay: the learning rate of a layer over that of the next one, in (0, 1]; the head's is `lr`.
+    layer_decay: the learning rate of a layer over that of the next one, in (0, 1]; the head's is `lr`. spared: the ends
+    of the names of matrices without weight decay.
     """
     groups = {}
     depth = 1 + max([int(n.split(".")[1]) for n, _ in model.named_parameters() if n.startswith("blocks.")] or [0])
     for n, p in model.named_parameters():
         if p.requires_grad:
-            decay = weight_decay if p.ndim > 1 and not n.endswith(("token", "pos_embed")) else 0.0
+            decay = weight_decay if p.ndim > 1 and not n.endswith(spared) else 0.0
             scale = layer_decay ** (depth + 1 - layer_number(n, depth))
             groups.setdefault((decay, scale), []).append(p)
     groups = [dict(params=ps, weight_decay=decay, scale=scale) for (decay, scale), ps in groups.items()]
@@ -212,15 +219,20 @@ def layer_number(name, depth):
 
 
 def load_optimizer(optimizer, saved):
-    """Load the state_dict of an optimizer that may have had other shards, or none."""
+    """Load the state_dict of an optimizer that may have had other shards, or none. Raises ValueError if it has another
+    form."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {
-        i: {name: distributed.sharded(v, params[i]) if v.shape == params[i].shape else v for name, v in values.items()}
-        for i, values in saved["state"].items()
-    }
     fused = {"fused": optimizer.param_groups[0]["fused"]}  # a matter of shards, not of the run
-    groups = [group | fused for group in saved["param_groups"]]
-    optimizer.load_state_dict(dict(state=state, param_groups=groups))
+
+    def fitting(value, param):
+        return distributed.sharded(value, param) if value.shape == param.shape else value
+
+    try:
+        state = {i: {name: fitting(v, params[i]) for name, v in vs.items()} for i, vs in saved["state"].items()}
+        groups = [group | fused for group in saved["param_groups"]]
+        optimizer.load_state_dict(dict(state=state, param_groups=groups))
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise ValueError("last.pt has the optimizer of another model; start anew with --overwrite") from None
 
 
 def learning_rate(step, steps, peak, warmup, decay="cosine"):
@@ -241,8 +253,9 @@ def learning_rate(step, steps, peak, warmup, decay="cosine"):
 
 def schedule(config, step, images_per_epoch):
     """What changes from step to step: the learning rate and, for HPM, the share of hard patches α_t, the momentum m."""
+    last = min(MIN_LR, config.lr[0]) if (config.task, config.optimizer) == ("finetune", "adamw") else 0.0
     return dict(
-        lr=learning_rate(step, config.steps, config.lr[0], config.warmup, config.decay),
+        lr=last + learning_rate(step, config.steps, config.lr[0] - last, config.warmup, config.decay),
         alpha=hpm.hard_fraction(step, config.steps, *config.alpha),
         momentum=hpm.ema_momentum(step * config.batch_size / images_per_epoch),
     )
@@ -263,11 +276,7 @@ def train_step(config, dataset, model, wrapped_model, average, optimizer, step, 
     shard = distributed.shard(config.batch_size)
     blend = (config.erasing, config.mixup, config.cutmix, config.seed, step, config.batch_size, shard)
     images, targets = data.augment_batch(images, targets, len(dataset.classes), *blend)
-    noise = [None] * n  # nothing is masked
-    if config.task in PRETRAINING:
-        patches = math.prod(getattr(model, "student", model).encoder.grid)
-        shape = (config.batch_size, patches, model.noise_columns)
-        noise = data.draw_noise(*shape, config.seed, step, config.device)[shard]
+    noise = draw_noise(config, model, config.batch_size, step)[shard]
     # For dropout and stochastic depth: other numbers in each step, and on each process.
     torch.manual_seed(data.generator(config.seed, data.MODEL, step, distributed.RANK).initial_seed())
 
@@ -283,8 +292,7 @@ def train_step(config, dataset, model, wrapped_model, average, optimizer, step, 
         for name, loss in losses.items():
             metrics[name] = metrics.get(name, 0) + share * loss.detach()
 
-    max_norm = MAX_GRAD_NORM if config.optimizer in task.clips else math.inf
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), task.clip.get(config.optimizer, math.inf))
     optimizer.step()
     optimizer.zero_grad()
     if getattr(model, "teacher", None) is not None:
@@ -292,6 +300,14 @@ def train_step(config, dataset, model, wrapped_model, average, optimizer, step, 
     if average is not None:  # a short run forgets its start sooner: at step t, m is at most (1 + t) / (10 + t)
         hpm.ema_update(average, model, min(config.polyak, (1 + step) / (10 + step)))
     return metrics | dict(grad_norm=norm.full_tensor() if config.fsdp else norm)
+
+
+def draw_noise(config, model, n, step):
+    """The numbers that the masks of n images are made from, see `data.draw_noise`; where nothing is masked, n None."""
+    if config.task not in PRETRAINING:
+        return [None] * n
+    patches = math.prod(getattr(model, "student", model).encoder.grid)
+    return data.draw_noise(n, patches, model.noise_columns, config.seed, step, config.device)
 
 
 def average_metrics(pending, done):
@@ -315,13 +331,13 @@ def average_metrics(pending, done):
 # ---------------------------------------------------------------------------------------------
 
 
-def train(config, model, dataset, out, checkpoint):
+def train(config, model, dataset, out, checkpoint, origin):
     """Run to the end, or until a signal. Returns the number of the signal, or 0.
 
-    Raises FloatingPointError if a loss or a gradient is not finite; last.pt is then from before. Raises OSError if
-    a file can't be written.
+    checkpoint: of `engine.checkpoint.load`, or None; origin: see `origin_of`. Raises FloatingPointError if a loss or a
+    gradient is not finite; last.pt is then from before. Raises OSError if a file can't be written.
     """
-    task, device, first_process = TASKS[config.task], torch.device(config.device), distributed.RANK == 0
+    task, device = TASKS[config.task], torch.device(config.device)
     start, seconds = 0, 0.0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
@@ -335,11 +351,11 @@ def train(config, model, dataset, out, checkpoint):
         compile_model(model)
     wrapped_model = distributed.wrap_model(model, config.fsdp, config.dtype)
     decays = (config.weight_decay, config.layer_decay)
-    optimizer = build_optimizer(model, config.optimizer, config.lr[0], *decays, task.betas)
+    optimizer = build_optimizer(model, config.optimizer, config.lr[0], *decays, task.betas, task.spared)
     if checkpoint:
         load_optimizer(optimizer, checkpoint["optimizer"])
         checkpoint.clear()  # its memory is free again
-    stop = stop_after_this_step()
+    stop = ending.stop_after_this_step()
 
     epoch = len(dataset.train) / config.batch_size  # in steps
     log_every = max(1, min(50, config.steps // 100))
@@ -348,13 +364,9 @@ def train(config, model, dataset, out, checkpoint):
         config.img_size, config.batch_size, range(start, config.steps), config.seed, config.crop, device,
         distributed.shard(config.batch_size),
     )  # fmt: skip
-    log = open(out / "log.jsonl" if first_process else os.devnull, "a", buffering=1)
     pending, saved = [], time.monotonic()
     clock = time.monotonic()
-    bar = tqdm(
-        total=config.steps, initial=start, unit="step", dynamic_ncols=True, disable=None if first_process else True
-    )
-    with log, bar:
+    with contextlib.closing(batches), report.progress_bar(start, config.steps) as bar:
         for step, (images, targets) in enumerate(batches, start):
             pending.append(train_step(config, dataset, model, wrapped_model, average, optimizer, step, images, targets))
             bar.update()
@@ -373,13 +385,14 @@ def train(config, model, dataset, out, checkpoint):
             seconds += elapsed
             line |= dict(seconds=seconds, images_per_second=len(pending) * config.batch_size / elapsed)
             pending.clear()
-            bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{line['lr']:.1e}")
             if evaluating:
                 probes.share_unreadable(dataset.train)
                 line |= task.score(config, evaluated, dataset)
-            log.write(json.dumps(line) + "\n")
+            report.tell(bar, line)
+            if distributed.RANK == 0:
+                run_folder.append_log(out, line)
             if evaluating or stopping or due:
-                save_checkpoint(config, out, model, average, optimizer, done, seconds)
+                save_checkpoint(config, origin, out, model, average, optimizer, line)
                 draw_figures(config, out, model, dataset, now["alpha"])
                 saved = time.monotonic()
             if stopping and done < config.steps:
@@ -395,11 +408,27 @@ def compile_model(model):
         model.teacher.predict_loss = torch.compile(model.teacher.predict_loss)
 
 
-def save_checkpoint(config, out, model, average, optimizer, done, seconds):
-    """Write last.pt: all that a run needs to go on. Every process has to call it, for each may hold shards."""
+def origin_of(config, model, dataset):
+    """What a run begins with, for its checkpoints: the names of its classes, the grid of the positions, the numbers of
+    images, the digests of the weights that it starts from (None if it goes on without them) or that stay frozen."""
+    student = getattr(model, "student", model)
+    grid = getattr(getattr(student, "encoder", student), "grid", None)  # ResNets have none
+    images = dict(train=len(dataset.train), test=len(dataset.test))
+    init = config.init if config.task == "linear" or not config.resume else None
+    frozen = config.target_weights if config.target in hpm.FROZEN_TARGETS else None
+    digests = dict(init_digest=init and weights.digest(init), target_digest=frozen and weights.digest(frozen))
+    return dict(classes=list(dataset.classes), grid=grid and list(grid), images=images) | digests
+
+
+def save_checkpoint(config, origin, out, model, average, optimizer, line):
+    """Write last.pt: all that a run needs to go on. Every process has to call it, for each may hold shards.
+
+    origin: of `origin_of`; line: what was logged of the last step.
+    """
     state = dict(model=(model if average is None else average).state_dict(), optimizer=optimizer.state_dict())
     state |= {} if average is None else {"raw_model": model.state_dict()}
-    state = distributed.full_state_dict(state) | dict(step=done, seconds=seconds, config=flags.saved_values(config))
+    state = distributed.full_state_dict(state)
+    state |= dict(step=line["step"], seconds=line["seconds"], line=line, config=flags.saved_values(config)) | origin
     if distributed.RANK == 0:
         run_folder.save(out / "last.pt", state)
 
@@ -412,27 +441,7 @@ def draw_figures(config, out, model, dataset, alpha):
         plots.plot_masks(out, model, dataset, config.img_size, alpha, config.seed, config.device, config.dtype)
 
 
-def stop_after_this_step():
-    """Let the step in progress finish, whatever signal asks to stop. Returns {"signal": its number, 0 before}.
-
-    A cluster sends a signal to all processes, and torchrun passes it on again: what comes within five seconds is the
-    same wish. After that a second one kills.
-    """
-    stop = {"signal": 0, "time": 0.0}
-
-    def ask(number, frame):
-        if not stop["signal"]:
-            stop.update(signal=number, time=time.monotonic())
-        elif time.monotonic() - stop["time"] > 5:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask)
-    return stop
-
-
-def best_learning_rate(config, dataset, out):
+def best_learning_rate(config, dataset, out, origin):
     """The one of --lr that does best on a part of the training images that is held out (ViT, appendix B.1.1).
 
     Each makes as many steps, and has a run folder of its own in `out`. The best then trains on all images, anew.
@@ -442,8 +451,7 @@ def best_learning_rate(config, dataset, out):
     rest = torch.ones(len(dataset.train), dtype=torch.bool).index_fill(0, held_out, False).nonzero()[:, 0]
     dataset, scores = dataset._replace(train=dataset.train.part(rest), test=dataset.train.part(held_out)), {}
     for lr in config.lr:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, stop_now)
+        ending.stop_at_once()
         trial, folder = dataclasses.replace(config, lr=(lr,)), out / f"lr-{lr:g}"
         if distributed.RANK == 0:
             folder.mkdir(exist_ok=True)
@@ -452,12 +460,12 @@ def best_learning_rate(config, dataset, out):
         model = build(trial, dataset).to(config.device)
         probe = with_probe(trial, model, dataset)
         try:
-            stopped = train(trial, *probe, folder, None)
+            stopped = train(trial, *probe, folder, None, origin)
         except FloatingPointError as error:
             distributed.print0(f"learning rate {lr:g}: {error}")
             continue
         if stopped:
-            raise Stopped(stopped)
+            raise ending.Stopped(stopped)
         scores[lr] = distributed.from_rank0(lambda folder=folder: run_folder.read_log(folder)[-1]["top1"])
         held = f"on {len(held_out):,} training images that were held out"
         distributed.print0(f"learning rate {lr:g}: {scores[lr]:.2f} % top-1 {held}")
@@ -481,139 +489,120 @@ def with_probe(config, model, dataset):
 def main(argv=None):
     """Returns the exit code: 0 done, 1 something broke on the way, 2 bad input, 128 + the number of a signal."""
     given = flags.parse(argv)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop_now)
-    out = None
+    ending.stop_at_once()
+    config = out = fits = None
+    begun = False
     try:
-        config, dataset, out, checkpoint = prepare(given)
+        if given.task == "predict":
+            config = flags.configure(given)[0]
+            distributed.start(config.device)
+            return predict.run(config, given.out, lambda task, dataset: TASKS[task].build(config, dataset))
+        config, dataset, out = prepare(given)
         dataset.train.randaugment = config.randaugment
         torch.manual_seed(config.seed)
         torch.set_float32_matmul_precision("high")  # on CUDA: TF32 for what autocast leaves in float32
         distributed.start(config.device)
-        model = build(config, dataset, resume=checkpoint is not None).to(config.device)
+        model = build(config, dataset, resume=config.resume and bool(run_folder.saved(out))).to(config.device)
         out = distributed.from_rank0(lambda: run_folder.claim(out, new=not (config.resume or config.overwrite)))
+        origin = distributed.from_rank0(lambda: origin_of(config, model, dataset))
+        checkpoint = load_checkpoint(config, model, dataset, out, origin) if config.resume else None
+        fits = -distributed.all_reduce_max(-fitting(config, model, dataset))[0]  # the least of all processes
+        config = dataclasses.replace(config, micro_batch=config.micro_batch or fits)
+        begun = True
         if len(config.lr) > 1:
-            config = dataclasses.replace(config, lr=(best_learning_rate(config, dataset, out),))
+            config = dataclasses.replace(config, lr=(best_learning_rate(config, dataset, out, origin),))
         params = sum(p.numel() for p in model.parameters())
-        distributed.print0(describe(config, dataset, params))
+        distributed.print0(report.describe(config, dataset, params))
         if distributed.RANK == 0:
             run_folder.start_log(out, flags.saved_values(config), checkpoint)
-        return run(config, dataset, model, out, checkpoint, params)
-    except (ValueError, image_folder.UnreadableImages) as error:
-        complain(error, everywhere=isinstance(error, image_folder.UnreadableImages))
-        return 2
-    except FloatingPointError as error:
-        complain(f"{error}; {kept(out)}; try a lower --lr")
-        return 1
-    except OSError as error:  # a full disk, above all
-        complain(f"{error}; {kept(out)}", everywhere=True)
-        return 1
-    except RuntimeError as error:
-        if not distributed.is_peer_lost(error):
-            raise
-        reason = str(error).splitlines()[0].split(". ")[0]
-        complain(f"another process is gone, see its message ({reason}); {kept(out)}", everywhere=True)
-        return 1
-    except Stopped as stopped:
-        distributed.print0(how_to_go_on(out))
+        return run(config, dataset, model, out, checkpoint, origin, params)
+    except ending.Stopped as stopped:
+        distributed.print0(ending.how_to_go_on(out))
         return 128 + stopped.args[0]
+    except Exception as error:
+        code = ending.explain(error, out, config, begun, fits)
+        if code is None:
+            raise
+        return code
 
 
 def prepare(given):
-    """What is to be run: Config, data.Dataset, the folder, and the checkpoint to go on from or None."""
+    """What is to be run: Config, data.Dataset, and the folder, which nobody has written to yet."""
     name = "-".join([given.task or "supervised", given.arch or "vit_b16", given.data or "photos"])
     if not given.resume:
-        config, dataset = flags.configure(given)
-        return config, dataset, run_folder.new_run(given.out, name, given.overwrite), None
+        return *flags.configure(given), run_folder.new_run(given.out, name, given.overwrite)
     out, saved = run_folder.old_run(given.out, name)
     config = flags.resumed(given, saved, out / "config.json")
     dataset = flags.load_dataset(config)
     flags.check_processes(config, dataset)
-    return config, dataset, out, run_folder.load(out)
+    return config, dataset, out
 
 
-def run(config, dataset, model, out, checkpoint, params):
+def load_checkpoint(config, model, dataset, out, origin):
+    """The checkpoint to go on from, None if nothing was saved yet; what it began with is put into `origin`.
+
+    Raises ValueError if there is none of this run that is whole, or if the data or frozen weights are others now.
+    """
+    if config.task == "linear":
+        with torch.device("meta"):  # for the names and shapes alone
+            model = probes.LinearProbe(torch.nn.Identity(), model.dim, len(dataset.classes))
+    has = dict(config=flags.saved_values(config), origin=origin, weights=model.state_dict())
+    checkpoint = run_folder.load(out, functools.partial(run_folder.check_checkpoint, **has))
+    origin |= {name: value for name, value in (checkpoint or {}).items() if name in origin}
+    return checkpoint
+
+
+def fitting(config, model, dataset):
+    """How many images at a time fit into the memory of this process's GPU, measured; elsewhere its whole share."""
+    task, device = TASKS[config.task], torch.device(config.device)
+    share = config.batch_size // distributed.WORLD_SIZE
+    if device.type != "cuda":
+        return share
+    trains = task.losses is not None and config.task != "linear"  # whose frozen encoder is what takes memory
+    shape = (len(dataset.mean), *config.img_size)
+
+    def step(n):
+        images, labels = torch.zeros(n, *shape, device=device), torch.zeros(n, dtype=torch.int64, device=device)
+        with probes.autocast(device, config.dtype), torch.set_grad_enabled(trains):
+            if not trains:
+                model(images)
+                return
+            losses = task.losses(model, images, labels, draw_noise(config, model, n, 0), 0.5, config.smoothing)
+        losses["loss"].backward()
+        model.zero_grad()
+
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * trains
+    later = 4 * trained * ((2 if config.optimizer == "adamw" else 1) + bool(config.polyak))  # moments, and an average
+    blends = 4 if config.mixup or config.cutmix or config.erasing else 1  # copies of the batch
+    return memory.fit_micro_batch(step, share, later + blends * share * 4 * math.prod(shape), device)
+
+
+def run(config, dataset, model, out, checkpoint, origin, params):
     """What follows once everything fits: the exit code."""
     if config.task in TRAINING_FREE:
         clock = time.monotonic()
         scores = TASKS[config.task].score(config, model, dataset)
         seconds = time.monotonic() - clock
     else:
-        stopped = train(config, *with_probe(config, model, dataset), out, checkpoint)
+        probe, trained = with_probe(config, model, dataset)
+        stopped = train(config, probe, trained, out, checkpoint, origin)
         if stopped:
-            distributed.print0(how_to_go_on(out))
+            distributed.print0(ending.how_to_go_on(out))
             return 128 + stopped
-        last = run_folder.read_log(out)[-1] if distributed.RANK == 0 else {}
+        last = distributed.from_rank0(lambda: run_folder.last_line(out))
         scores = {name: last[name] for name in ("top1", "top5", "test_rec", "test_correlation") if name in last}
-        seconds = last.get("seconds")
+        seconds = last["seconds"]
     if distributed.RANK == 0:
-        finish(config, dataset, out, scores, seconds, params)
+        report.finish(config, dataset, out, scores, seconds, params)
     return 0
 
 
-def describe(config, dataset, params):
-    """What is about to happen, in two lines."""
-    size = "x".join(map(str, config.img_size))
-    shared = f" on {distributed.WORLD_SIZE} processes" if distributed.WORLD_SIZE > 1 else ""
-    return (
-        f"{config.task}: {config.arch}, {params / 1e6:.1f}M parameters, on {config.data}: {len(dataset.classes)} "
-        f"classes, {len(dataset.train):,} training and {len(dataset.test):,} test images of {size} pixels\n"
-        f"{config.steps:,} steps of {config.batch_size} images, peak learning rate {config.lr[0]:.2g}, "
-        f"{config.device}, {config.dtype}{shared}"
-    )
-
-
-def finish(config, dataset, out, scores, seconds, params):
-    """Write result.json, and print the same in words."""
-    images = config.steps * config.batch_size
-    result = dict(task=config.task, arch=config.arch, data=config.data, **scores, steps=config.steps)
-    result |= dict(seconds=seconds, images_per_second=images / seconds, params=params)
-    run_folder.write(out / "result.json", json.dumps(result, indent=1) + "\n")
-    for name, split in (("training", dataset.train), ("test", dataset.test)):
-        if split.unreadable:
-            print(f"skipped {len(split.unreadable)} of {len(split):,} {name} images that can't be decoded")
-    words = {
-        "top1": f"{{:.2f}} % top-1 on the test set (chance is {100 / len(dataset.classes):.1f} %)",
-        "top5": "{:.2f} % top-5",
-        **{f"top1_{n}shot": f"{{:.2f}} % top-1 from {n} images a class" for n in SHOTS},
-        "test_rec": "a reconstruction loss of {:.4f} on test images",
-        "test_correlation": "a rank correlation of {:.2f} between predicted and true loss",
-    }
-    reached = ", ".join(text.format(scores[name]) for name, text in words.items() if name in scores)
-    effort = f"{config.steps:,} steps in {seconds:.0f} s, {images / seconds:.1f} images/s"
-    effort = effort if config.steps else f"{seconds:.0f} s"  # nearest neighbours take no steps
-    print(f"{config.task}: {config.arch} on {config.data} reached {reached}; {effort}; all in {out}")
-
-
-def complain(text, everywhere=False):
-    """Print an error, once on each machine: all processes there meet the same one. everywhere: one process met it."""
-    if everywhere or distributed.LOCAL_RANK == 0:
-        print(f"error: {text}", file=sys.stderr)
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal came where there is no step to finish: before training, or while features are computed."""
-
-
-def stop_now(number, frame):
-    raise Stopped(number)
-
-
-def kept(out):
-    """What is left after an error."""
-    if out is None or not (out / "last.pt").exists():
-        return "nothing was saved before"
-    return f"{out / 'last.pt'} has the last good state"
-
-
-def how_to_go_on(out):
-    if out is None or not (out / "last.pt").exists():
-        return "stopped before anything was saved; start again with the same command"
-    several = f"torchrun --nproc_per_node={distributed.LOCAL_WORLD_SIZE}" if distributed.WORLD_SIZE > 1 else "python"
-    return f"stopped; go on with: {several} train.py --resume --out {out}"
-
-
 if __name__ == "__main__":
-    code = main()
-    distributed.end()
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are no text
+    try:
+        code = main()
+        distributed.end()
+    finally:
+        for worker in multiprocessing.active_children():  # after an error nobody else would end them
+            worker.kill()
     sys.exit(code)

@@ -15,11 +15,15 @@ import warnings
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import vit
+
+if dist.is_available():
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import DTensor, distribute_tensor
+else:  # some builds of PyTorch, as those for small computers, know one process alone: nothing is ever sharded
+    FSDPModule = DTensor = ()
 
 # torchrun numbers the processes: over all machines, on this one, and how many there are.
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
@@ -30,17 +34,21 @@ TIMEOUT = datetime.timedelta(minutes=10)
 
 
 def start(device):
-    """Meet the others: NCCL between GPUs, gloo between CPUs."""
-    if WORLD_SIZE == 1 or dist.is_initialized():
-        return
-    if device == "cuda":
-        torch.cuda.set_device(LOCAL_RANK)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
+    """Take the GPU of this process, and meet the others: NCCL between GPUs, gloo between CPUs.
+
+    device: "cuda" is the first GPU, or with torchrun one for each process; "cuda:N" is that one; "mps" and "cpu".
+    """
+    device = torch.device(device)
+    gpu = LOCAL_RANK if device.index is None else device.index
+    if device.type == "cuda":
+        torch.cuda.set_device(gpu)
+    if WORLD_SIZE > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
 
 
 def end():
     """Part from the others."""
-    if dist.is_initialized():
+    if WORLD_SIZE > 1 and dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -342,17 +342,17 @@ def test_a_resumed_run_keeps_of_the_log_what_its_checkpoint_knows():
     out, lines = old_folder()
     assert checkpoint.read_log(out) == lines
     before = names(out)
-    checkpoint.start_log(out, {"seed": 3}, {"step": 2, "path": out / "last.pt"})
+    checkpoint.start_log(out, {"seed": 3, "steps": 2}, {"step": 2, "path": out / "last.pt"})
     assert checkpoint.read_log(out) == lines[:2]
     assert names(out) == before - {"last.pt.123.part"}
     assert (out / "last.pt").read_text() == "last.pt"
-    assert json.loads((out / "config.json").read_text()) == {"seed": 3}
+    assert json.loads((out / "config.json").read_text()) == {"seed": 3, "steps": 2}
 
 
 def test_a_whole_previous_checkpoint_takes_the_place_of_a_damaged_last_one():
     """Else the next save would put the damaged one in its place."""
     out, _ = old_folder()
-    checkpoint.start_log(out, {}, {"step": 2, "path": out / "previous.pt"})
+    checkpoint.start_log(out, {"steps": 2}, {"step": 2, "path": out / "previous.pt"})
     assert (out / "last.pt").read_text() == "previous.pt"
     assert not (out / "previous.pt").exists()
 

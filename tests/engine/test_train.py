@@ -30,7 +30,7 @@ import train
 import vit
 from downstream import probes
 from engine import config as flags
-from engine import distributed
+from engine import distributed, memory, report
 from related import resnet
 from tests.engine.runs import (
     BLOCKS,
@@ -603,11 +603,11 @@ def loop(small, shallow, no_figures, monkeypatch):
         monkeypatch.setattr(train, "train_step", train_step)
         monkeypatch.setattr(train.time, "monotonic", lambda: clock[0])
         monkeypatch.setattr(probes, "evaluate", lambda *_: scored.append(round(clock[0] / seconds)) or {"top1": 0.0})
-        monkeypatch.setattr(train, "save_checkpoint", lambda *given: saved.append(given[-2]))
+        monkeypatch.setattr(train, "save_checkpoint", lambda *given: saved.append(given[-1]["step"]))
         Path("out").mkdir(exist_ok=True)
         Path("out/log.jsonl").unlink(missing_ok=True)
         config, dataset = settings(command)
-        assert train.train(config, train.build(config, dataset), dataset, Path("out"), None) == 0
+        assert train.train(config, train.build(config, dataset), dataset, Path("out"), None, {}) == 0
         return [line["step"] for line in log("out")], scored, saved
 
     return loop
@@ -884,7 +884,7 @@ def tiny(arch, monkeypatch):
 
 def test_few_examples_are_as_many_of_each_class(pretrained, small, shallow, no_figures, monkeypatch, capsys):
     """The larger number is taken from the training images, and the smaller one from these."""
-    for module in (flags, train):
+    for module in (flags, train, report):
         monkeypatch.setattr(module, "SHOTS", (2, 7))
     seen, few_shot = [], probes.few_shot
     monkeypatch.setattr(probes, "few_shot", lambda *given: (seen.append(given[0][1]), few_shot(*given))[1])
@@ -924,12 +924,12 @@ def test_several_learning_rates_are_compared_on_held_out_training_images(
     """ViT, appendix B.1.1: each trains on the rest, the best then on all; one that diverges has lost."""
     seen, top1, original = [], {0.1: 40.0, 0.2: 60.0, 0.3: 50.0}, train.train
 
-    def loop(config, model, dataset, out, checkpoint):
+    def loop(config, model, dataset, out, *rest):
         images = [split.images.flatten(1) for split in (dataset.train, dataset.test)]
         monkeypatch.setattr(
             probes, "evaluate", lambda *_: seen.append((config.lr, *images)) or {"top1": top1[config.lr[0]]}
         )
-        return original(config, model, dataset, out, checkpoint)
+        return original(config, model, dataset, out, *rest)
 
     monkeypatch.setattr(train, "train", loop)
     monkeypatch.setattr(train, "HELD_OUT", 0.25)
@@ -1003,7 +1003,8 @@ def test_a_run_folder_says_what_was_run_how_it_went_and_what_came_out(command, s
     assert lines[-1].keys() >= scores
 
     saved = checkpoint("run")  # weights_only=True: no code is run
-    assert saved.keys() - {"raw_model"} == {"model", "optimizer", "step", "seconds", "config"}
+    origin = {"classes", "grid", "images", "init_digest", "target_digest"}
+    assert saved.keys() - {"raw_model"} == {"model", "optimizer", "step", "seconds", "line", "config"} | origin
     assert ("raw_model" in saved) == ("polyak" in command)
     assert saved["step"] == 3
     assert json.loads(json.dumps(saved["config"])) == config
