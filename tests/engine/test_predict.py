@@ -19,7 +19,7 @@ import data
 import train
 import vit
 from downstream import predict
-from engine import plots
+from engine import image_folder, plots
 from tests.engine.pictures import CPU, pixels, save_image
 from tests.engine.runs import PLAIN, coloured, small_photos
 from tests.engine.test_data import CIFAR, archive, cifar_members
@@ -27,7 +27,7 @@ from tests.oracles import equal, filled, linear_loops, vit_loops
 
 CLASSES = ["=red, bright", 'the "green"', "blåu\nund weiß"]  # commas, quotes, letters, lines: what tables trip over
 MICRO = "--arch vit_micro4 --img-size 16 --batch-size 4".split()
-BLOCKS = 2
+BLOCKS = 1
 
 
 def main(*arguments):
@@ -48,6 +48,10 @@ def table(path):
         header, *rows = csv.reader(file)
     assert all(len(row) == len(header) for row in rows)
     return header, {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def errors(capsys):
@@ -153,10 +157,12 @@ def test_predictions_of_the_test_images_have_the_runs_own_accuracy(task, how, ru
     assert 100 * sum(hits) / 12 == pytest.approx(json.loads(Path(task, "result.json").read_text())["top1"], abs=1e-9)
 
 
-@pytest.mark.parametrize("size", ["16", "24x16"])
-@pytest.mark.parametrize("pixels", ["own", "half"])
-def test_images_are_prepared_as_the_runs_test_images(size, pixels, runs, monkeypatch):
-    """Bit for bit, here of data whose images have 16 pixels, which a model may want larger or squeezed."""
+@pytest.mark.parametrize(
+    ("size", "pixels"), [("16", "own"), ("24x16", "own"), ("16", "half")], ids=["own size", "resized", "half"]
+)
+@pytest.mark.parametrize("name", ["cifar10", "folder:pictures"])
+def test_images_are_prepared_as_the_runs_test_images(name, size, pixels, runs, monkeypatch):
+    """Bit for bit: the middle of a folder's; of data that are all of 16 pixels the whole, be it resized."""
     monkeypatch.setattr(data, "cifar", lambda *_: small_photos())
     monkeypatch.setitem(data.NATIVE_SIZE, "cifar10", 16)
     monkeypatch.setitem(predict.STATISTICS, "cifar10", small_photos()[2:4])
@@ -164,17 +170,17 @@ def test_images_are_prepared_as_the_runs_test_images(size, pixels, runs, monkeyp
     for i, image in enumerate(tested.permute(0, 2, 3, 1).numpy()):
         save_image(Image.fromarray(image), Path(f"new/{i}.png"))
     seen = []
-    for split in (data.InMemory, predict.Images):
+    for split in (data.InMemory, image_folder.Folder, predict.Images):
         monkeypatch.setattr(split, "test_batches", keeping(split.test_batches, seen))
-    given = *MICRO, "--img-size", size, "--pixels", pixels, "--data", "cifar10", "--steps", 2, "--out", "run"
+    given = *MICRO, "--img-size", size, "--pixels", pixels, "--data", name, "--steps", 1, "--out", "run"
     assert main(*given) == 0
-    assert predict_images("run", "new") == 0
+    assert predict_images("run", "new" if name == "cifar10" else "pictures/val") == 0
     images = torch.cat(seen)
-    assert len(images) == 20
-    assert torch.equal(images[:10], images[10:])
-    if size == "16":
-        mean, std = ((0.5,) * 3, (0.5,) * 3) if pixels == "half" else PLAIN
-        equal(images[:10], (tested.double() / 255 - mean[0]) / std[0], atol=1e-5)
+    theirs, ours = images.chunk(2)
+    assert torch.equal(theirs, ours)
+    if name == "cifar10" and size == "16":
+        mean, std = (0.5, 0.5) if pixels == "half" else (PLAIN[0][0], PLAIN[1][0])
+        equal(ours, (tested.double() / 255 - mean) / std, atol=1e-5)
 
 
 def keeping(original, seen):
@@ -293,12 +299,10 @@ def test_no_readable_image_is_an_error(task, runs, capsys):
 
 
 def test_predicting_changes_nothing_of_the_run(runs):
-    before = {path: path.read_bytes() for path in runs.rglob("*") if path.is_file()}
-    for task in ("supervised", "hpm"):
-        assert predict_images(task, "pictures/val") == 0
-    after = {path: path.read_bytes() for path in runs.rglob("*") if path.is_file()}
-    assert before == {path: after[path] for path in before}
-    assert {path.name for path in after.keys() - before.keys()} == {"predictions.csv", "predictions.png"}
+    before = contents(runs)
+    assert predict_images("supervised", "pictures/val") == 0
+    assert contents(runs) | before == contents(runs)
+    assert contents(runs).keys() - before.keys() == {runs / "supervised/predictions.csv"}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -311,7 +315,7 @@ def test_an_autoencoder_draws_what_it_masks(task, runs, monkeypatch, capsys):
     """The first six images that can be read, prepared as in training; its own weights; α_t of the end of a run."""
     Path("pictures/val", CLASSES[0], "0, a.png").write_text("no image")
     Path(task, "masks.png").write_text("the run's own")
-    drawn, seen = [], []
+    drawn, seen, before = [], [], contents(runs)
     original = plots.plot_masks
     monkeypatch.setattr(plots, "plot_masks", lambda *given: drawn.append(given) or original(*given))
     monkeypatch.setattr(predict.Images, "test_batches", keeping(predict.Images.test_batches, seen))
@@ -325,7 +329,8 @@ def test_an_autoencoder_draws_what_it_masks(task, runs, monkeypatch, capsys):
     equal(seen[0], np.stack([prepared(name) for name in shown]), atol=1e-5)
     with Image.open(Path(task, "predictions.png")) as picture:
         assert picture.height > 6 * 100
-    assert Path(task, "masks.png").read_text() == "the run's own"
+    assert contents(runs) | before == contents(runs)
+    assert contents(runs).keys() - before.keys() == {runs / task / "predictions.png"}
     out = capsys.readouterr().out
     assert all(predict.printable(name) in out for name in shown)
 
@@ -368,7 +373,8 @@ def test_what_makes_no_prediction_is_refused_in_one_line(runs, capsys):
     saved = torch.load("supervised/last.pt")
     torch.save(saved | {"classes": ["a"]}, "fewer.pt")
     torch.save(saved | {"config": saved["config"] | {"task": "mpp"}}, "mpp.pt")
-    torch.save(saved | {"model": {n: v * float("nan") for n, v in saved["model"].items()}}, "nan.pt")
+    huge = {"head.weight": torch.full_like(saved["model"]["head.weight"], 3e38)}
+    torch.save(saved | {"model": saved["model"] | huge}, "huge.pt")
     before = set(Path().rglob("*"))
     for init, images, *more, words in (
         ("supervised", "nowhere", "--images nowhere"),
@@ -379,7 +385,7 @@ def test_what_makes_no_prediction_is_refused_in_one_line(runs, capsys):
         ("mean.pt", "pictures/val", *ONLY_WEIGHTS, "--pool"),
         ("fewer.pt", "pictures/val", "1 classes"),
         ("mpp.pt", "pictures/val", "mpp"),
-        ("nan.pt", "pictures/val", "not finite"),
+        ("huge.pt", "pictures/val", "not finite"),
     ):
         assert predict_images(init, images, *more) == 2, init
         [error] = errors(capsys)
