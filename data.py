@@ -338,7 +338,7 @@ def load(name, size=(224, 224), data_dir=None):
     if name in ("scenes", "scenes-many"):
         from engine import scenes  # here, for it needs this file
 
-        return scenes.load(data_dir, many=name == "scenes-many")
+        return scenes.load(data_dir, size, many=name == "scenes-many")
     if name.startswith("folder:"):
         from engine import image_folder  # here, for it needs this file
 

@@ -202,8 +202,13 @@ def photographs():
     return parts
 
 
-def load(data_dir, many=False):
-    """The data set "scenes", or "scenes-many": 60,000 and 10,000 scenes of 10 classes, see data.load."""
+def load(data_dir, size, many=False):
+    """The data set "scenes", or "scenes-many": 60,000 and 10,000 scenes of 10 classes, see data.load.
+
+    Raises ValueError for a size = (H, W) that is not square.
+    """
+    if size[0] != size[1]:
+        raise ValueError(f"scenes are square, {size[0]}x{size[1]} would cut their items; give one size, as 64")
     name = "scenes-many" if many else "scenes"
     items, splits = data.fashion_mnist(data_dir / "fashion-mnist"), []
     for split, (images, sizes) in zip((items.train, items.test), photographs(), strict=True):
