@@ -17,7 +17,8 @@ import train
 from engine import config as flags
 
 PLAIN = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)  # mean and standard deviation of the images below
-MICRO = "--arch vit_micro4 --img-size 16 --batch-size 4 --steps 3"
+STILL = "--arch vit_micro4 --img-size 16 --batch-size 4"  # for tasks that make no steps
+MICRO = f"{STILL} --steps 3"
 BLOCKS = 3  # of vit_micro4 in place of 6, where fixture `steps_of` or `shallow` is asked for
 TIMES = ("seconds", "images_per_second")  # what no two runs have in common
 

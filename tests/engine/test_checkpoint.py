@@ -20,7 +20,7 @@ import vit
 from downstream import probes
 from engine import checkpoint
 from tests.engine import runs
-from tests.engine.runs import MICRO, different, log, run, watch
+from tests.engine.runs import MICRO, STILL, different, log, run, watch
 
 ROOT = Path(train.__file__).parent
 LAST, PREVIOUS = Path("last.pt"), Path("previous.pt")
@@ -182,6 +182,61 @@ def test_a_save_that_fails_says_so_and_changes_nothing(error, monkeypatch):
     assert checkpoint.load(Path())["step"] == 1
 
 
+NO_CHECKPOINT = {  # what torch.save may have written, and is no checkpoint of a run
+    "a tensor": torch.zeros(3),
+    "a list": [1, 2],
+    "nothing": None,
+    "weights alone": {"head.weight": torch.zeros(3)},
+    "a step that is a word": {"step": "2"},
+    "a step that is a flag": {"step": True},
+    "a step that is a fraction": {"step": 2.5},
+    "a step that is a tensor": {"step": torch.tensor(2)},
+    "a step before the first": {"step": -1},
+}
+
+
+@pytest.mark.parametrize("kind", NO_CHECKPOINT)
+def test_a_whole_file_of_another_kind_is_as_good_as_a_damaged_one(kind, capsys):
+    """torch.load takes it; the previous checkpoint is used, and without one there is one line."""
+    checkpoint.save(LAST, {"step": 1})
+    checkpoint.save(LAST, NO_CHECKPOINT[kind])
+    assert checkpoint.load(Path())["step"] == 1
+    assert "warning: last.pt is damaged (no checkpoint of a run" in capsys.readouterr().err
+    PREVIOUS.unlink()
+    with pytest.raises(ValueError, match=r"^last\.pt is damaged .* --overwrite$"):
+        checkpoint.load(Path())
+
+
+def pipe(path):
+    getattr(os, "mkfifo", lambda _: pytest.skip("no named pipes here"))(path)
+
+
+NO_FILE = {
+    "a pipe": pipe,
+    "a folder": Path.mkdir,
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a link to nothing": lambda path: path.symlink_to("nowhere"),
+    "a link to a device that never ends": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_FILE)
+@pytest.mark.parametrize("name", ["last.pt", "config.json", "log.jsonl"])
+def test_only_regular_files_are_read(kind, name, capsys):
+    """To open a pipe waits for a writer, for ever."""
+    PREVIOUS.write_bytes(b"")
+    checkpoint.save(PREVIOUS, {"step": 1})
+    NO_FILE[kind](Path(name))
+    if name == "last.pt":
+        assert checkpoint.load(Path())["step"] == 1
+        assert "last.pt is damaged (no regular file)" in capsys.readouterr().err
+    elif name == "config.json":
+        with pytest.raises(ValueError, match="nothing to resume"):
+            checkpoint.old_run(".", "name")
+    else:
+        assert checkpoint.read_log(Path()) == []
+
+
 class FullDisk:
     """`with FullDisk():` files can't grow beyond 1 MB; the system says so as it says that a disk is full."""
 
@@ -224,6 +279,27 @@ def test_a_run_without_a_name_gets_one_that_is_free():
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps({"of": folder.name}))
         assert checkpoint.old_run(None, name) == (folder, {"of": folder.name}), "the last one"
+
+
+def test_a_default_name_fits_into_a_folder_and_differs_for_other_data():
+    """File systems take names of 255 bytes, also of letters that need several, and runs add -2, -3, … The same data has
+    the same name, or --resume would not find it."""
+    paths = [f"mae-vit_b16-folder:/{letter * n}/{end}" for letter in "aä写" for n in (240, 1000) for end in "xy"]
+    found = [next(checkpoint.default_folders(path)) for path in paths]
+    assert len(set(found)) == len(paths)
+    assert found == [next(checkpoint.default_folders(path)) for path in paths]
+    for folder, path in zip(found, paths, strict=True):
+        assert len(os.fsencode(folder.name)) <= 240
+        assert folder.name.startswith(f"mae-vit_b16-folder-_{path[20:40]}")
+        folder.mkdir(parents=True)
+    short = f"mae-vit_b16-folder:{'a' * 150}"
+    assert next(checkpoint.default_folders(short)) == Path("runs", short.replace(":", "-"))
+
+
+def test_a_default_name_is_one_on_every_system():
+    r"""Windows allows none of : * ? " < > | in a name, and \ separates folders there."""
+    folder = next(checkpoint.default_folders('mae-vit_b16-folder:C:\\my "data"/a*b?<c>|d'))
+    assert folder == Path("runs", "mae-vit_b16-folder-C-_my -data-_a-b--c--d")
 
 
 @pytest.mark.parametrize("kept", ["last.pt", "previous.pt", "result.json"])
@@ -382,6 +458,59 @@ def test_there_is_no_log_before_the_first_step():
     assert checkpoint.read_log(Path()) == []
 
 
+TORN = {  # in the middle of a log
+    "half a line": b'{"step": 2, "lo\n',
+    "zeros": bytes(50) + b"\n",
+    "bytes that are no text": b"\xff\xfe\x80\n",
+    "no object": b"3\n",
+    "no step": b'{"loss": 1.0}\n',
+    "a step that is a word": b'{"step": "2"}\n',
+    "an empty line": b"\n",
+    "brackets without end": b"[" * 100_000 + b"\n",
+}
+
+
+@pytest.mark.parametrize("kind", TORN)
+def test_what_is_no_line_of_a_log_is_left_out(kind, capsys):
+    """It is what a disk that was full or lost its power leaves. One warning, where it is asked for."""
+    good = [b'{"step": 1}\n', b'{"step": 3}\n']
+    Path("log.jsonl").write_bytes(good[0] + TORN[kind] + good[1])
+    assert checkpoint.read_log(Path()) == [{"step": 1}, {"step": 3}]
+    assert not capsys.readouterr().err
+    checkpoint.read_log(Path(), warn=True)
+    assert capsys.readouterr().err == "warning: 1 lines of log.jsonl can't be read; curves.png lacks these steps\n"
+
+
+@pytest.mark.parametrize("there", [None, b"", b'{"step": 1}\n', b'{"step": 1}\n{"st', b"\xff"])
+def test_a_line_is_added_to_a_log_whatever_was_done_to_it(there):
+    """It may be gone, or cut off in a line: the next one begins on a line of its own."""
+    if there is not None:
+        Path("log.jsonl").write_bytes(there)
+    before = checkpoint.read_log(Path())
+    for step in (7, 8):
+        checkpoint.append_log(Path(), {"step": step})
+    assert checkpoint.read_log(Path()) == [*before, {"step": 7}, {"step": 8}]
+
+
+def test_a_checkpoint_knows_the_last_line_of_a_log_that_is_lost():
+    """So that a run that is done can tell its scores again."""
+    out, lines = old_folder()
+    (out / "log.jsonl").unlink()
+    saved = {"step": 3, "path": out / "last.pt", "line": lines[2]}
+    for _ in range(2):
+        checkpoint.start_log(out, {"steps": 3}, saved)
+        assert checkpoint.read_log(out) == [lines[2]]
+        assert checkpoint.last_line(out) == lines[2]
+
+
+def test_the_result_of_a_run_that_goes_on_is_no_result():
+    """With more --epochs a run that was done is done no more."""
+    out, _ = old_folder()
+    for steps, there in ((3, True), (4, False)):
+        checkpoint.start_log(out, {"steps": steps}, {"step": 3, "path": out / "last.pt"})
+        assert (out / "result.json").exists() == there
+
+
 def test_a_text_is_written_whole_or_not_at_all(monkeypatch):
     checkpoint.write(Path("result.json"), "old")
     with monkeypatch.context() as patch:
@@ -441,7 +570,7 @@ def test_a_run_goes_on_without_the_weights_that_it_started_from(small, shallow, 
 def test_a_signal_while_features_are_extracted_is_one_line(number, small, shallow, no_figures, monkeypatch, capsys):
     torch.save(vit.create("vit_micro4", 16, 3).state_dict(), "init.pt")
     monkeypatch.setattr(probes, "extract", lambda *_: os.kill(os.getpid(), number) or time.sleep(5))
-    assert run(f"{MICRO} --task knn --init init.pt --out run") == 128 + number
+    assert run(f"{STILL} --task knn --init init.pt --out run") == 128 + number
     assert "start again with the same command" in capsys.readouterr().out
 
 

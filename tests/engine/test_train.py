@@ -36,6 +36,7 @@ from tests.engine.runs import (
     BLOCKS,
     MICRO,
     PLAIN,
+    STILL,
     Enough,
     checkpoint,
     coloured,
@@ -842,7 +843,7 @@ def test_googles_weights_run_with_the_gelu_and_the_pixels_that_they_were_trained
     assert settings(f"{command} init.pt")[1].train.mean == PLAIN[0]
     assert run(f"{command} google.npz --out first") == 0
     for weights in ("google.npz", "first/last.pt"):
-        config, dataset = settings(f"{MICRO} --task knn --init {weights}")
+        config, dataset = settings(f"{STILL} --task knn --init {weights}")
         assert (config.gelu, config.pixels) == ("tanh", "half")
         batch, _ = next(dataset.test.test_batches((16, 16), 10, torch.device("cpu")))
         assert torch.allclose(batch, dataset.test.images / 127.5 - 1, atol=1e-6)
@@ -854,11 +855,11 @@ def test_the_exact_gelu_of_an_older_run_is_still_that(small, shallow):
     torch.save(vit.create("vit_micro4", 16, 0).state_dict(), "run/last.pt")
     for said, gelu in (("none", "exact"), ("tanh", "tanh"), ("exact", "exact")):
         Path("run/config.json").write_text(json.dumps(OLD_CONFIG | dict(gelu=said, pixels="half")))
-        config, _ = settings(f"{MICRO} --task knn --init run/last.pt")
+        config, _ = settings(f"{STILL} --task knn --init run/last.pt")
         assert (config.gelu, config.pixels) == (gelu, "half")
-        assert settings(f"{MICRO} --task knn --init run/last.pt --gelu tanh --pixels own")[0].gelu == "tanh"
+        assert settings(f"{STILL} --task knn --init run/last.pt --gelu tanh --pixels own")[0].gelu == "tanh"
     Path("run/config.json").write_text('{"gelu": "tanh"}')
-    assert settings(f"{MICRO} --task knn --init run/last.pt")[0].gelu == "exact", "no config.json of a run"
+    assert settings(f"{STILL} --task knn --init run/last.pt")[0].gelu == "exact", "no config.json of a run"
 
 
 @pytest.mark.parametrize("arch", ["resnet50", "r26_vit_s32"])
@@ -888,7 +889,7 @@ def test_few_examples_are_as_many_of_each_class(pretrained, small, shallow, no_f
         monkeypatch.setattr(module, "SHOTS", (2, 7))
     seen, few_shot = [], probes.few_shot
     monkeypatch.setattr(probes, "few_shot", lambda *given: (seen.append(given[0][1]), few_shot(*given))[1])
-    assert run(f"{MICRO} --task fewshot --init {pretrained['hpm']} --out run") == 0
+    assert run(f"{STILL} --task fewshot --init {pretrained['hpm']} --out run") == 0
     assert [labels.bincount().tolist() for labels in seen] == [[2, 2, 2], [7, 7, 7]]
     result = json.loads(Path("run/result.json").read_text())
     assert result.keys() >= {"top1_2shot", "top1_7shot"}
@@ -904,7 +905,7 @@ def test_nearest_neighbours_compare_test_images_with_training_images(small, shal
         return torch.eye(3)[(split.labels + shift) % 3], split.labels
 
     monkeypatch.setattr(probes, "extract", extract)
-    assert run(f"{MICRO} --task knn --init init.pt --out run") == 0
+    assert run(f"{STILL} --task knn --init init.pt --out run") == 0
     assert json.loads(Path("run/result.json").read_text())["top1"] == 0.0
 
 
