@@ -561,8 +561,8 @@ def check_blocks(own, state, source):
 def fit_channels(own, fitted):
     """The first layer's filters for the model's channels, in place; and sentences on it. As timm does.
 
-    For one channel they are summed; for more, those of 1 or 3 are repeated, and scaled so that the sum stays: an image
-    whose channels are equal gives the same as before.
+    For one channel they are summed; for more, those of 1 or 3 are repeated and scaled by old over new. So a grey image,
+    as one channel or as three that are equal, gives the same as before.
     """
     for name in ("patch_embed.proj.weight", "patch_embed.backbone.stem.conv.weight", "stem.conv.weight"):
         if name in own and name in fitted:

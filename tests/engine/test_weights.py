@@ -7,7 +7,11 @@ once. Both sides compute in float64, so they may differ by rounding alone: 1e-10
 """
 
 import argparse
+import contextlib
 import hashlib
+import json
+import math
+import os
 import pickle
 import re
 import zipfile
@@ -16,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.torch
+import scipy.ndimage
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 import hpm
@@ -142,6 +146,25 @@ def test_a_missing_file_a_folder_and_other_archives_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
         pass
     one_line(tmp_path / "empty.zip", "nothing in it")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+@pytest.mark.parametrize("read", [weights.read, weights.metadata, weights.digest], ids=["read", "metadata", "digest"])
+def test_only_regular_files_are_opened(tmp_path, read, monkeypatch):
+    """A pipe waits for ever for its writer, a device has no end, and a link to itself nothing behind it."""
+    os.mkfifo(tmp_path / "pipe.pt")
+    (tmp_path / "loop.pt").symlink_to(tmp_path / "loop.pt")
+    cases = [("pipe.pt", "no regular file"), ("loop.pt", "."), ("x" * 300, "."), ("zero\0byte", "."), ("", "a folder")]
+    for path, match in [("/dev/zero", "no regular file"), *((tmp_path / name, what) for name, what in cases)]:
+        with pytest.raises(ValueError, match=f"no weights at .*{match}") as refusal:
+            read(path)
+        assert "\n" not in str(refusal.value)
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "vit.safetensors")
+    put(tmp_path / "vit.safetensors", small().state_dict())
+    read(tmp_path / "link.safetensors")
+    monkeypatch.setenv("VIT_CACHE", "~nouser/cache")
+    with pytest.raises(ValueError, match="can't download http://127.0.0.1:9/x.pt: .*home directory"):
+        read("http://127.0.0.1:9/x.pt")
 
 
 def files_of_all_kinds(folder):
@@ -286,6 +309,141 @@ def test_a_damaged_file_in_the_cache_is_named(site, tmp_path):
     assert str(path) in one_line(f"{site.url}/vit.pth", "delete it to download it again")
 
 
+@pytest.mark.parametrize("read", [weights.read, weights.metadata, weights.digest], ids=["read", "metadata", "digest"])
+def test_a_copy_that_was_changed_is_noticed_where_the_name_has_a_checksum(site, tmp_path, read):
+    """Whole and readable, but other weights than the name says."""
+    content = page(filled(small().state_dict()), tmp_path)
+    url = f"{site.url}/vit-{hashlib.sha256(content).hexdigest()[:8]}.safetensors"
+    site.pages[url.removeprefix(site.url)] = content
+    read(url)
+    (path,) = (tmp_path / "cache").glob("*.safetensors")
+    path.write_bytes(page({n: v + 1 for n, v in small().state_dict().items()}, tmp_path))
+    with pytest.raises(ValueError, match=rf"{re.escape(url)}.*{path.name}.*delete it to download it again"):
+        read(url)
+    path.unlink()
+    read(url)
+
+
+def test_a_pipe_in_the_place_of_the_copy_is_not_opened(site, tmp_path):
+    site.pages["/vit-0123abcd.pt"] = page(filled(small().state_dict()), tmp_path)
+    (tmp_path / "cache").mkdir()
+    name = hashlib.sha256(f"{site.url}/vit-0123abcd.pt".encode()).hexdigest()[:8]
+    os.mkfifo(tmp_path / "cache" / f"{name}-vit-0123abcd.pt")
+    with pytest.raises(ValueError, match="was changed|regular"):
+        weights.read(f"{site.url}/vit-0123abcd.pt")
+
+
+# ---------------------------------------------------------------------------------------------
+# What a file says of itself
+# ---------------------------------------------------------------------------------------------
+
+NAMES = ["ankle boot", "Mantel", "Übergröße", "鞋", 'a "b", c']
+
+
+@pytest.mark.parametrize("layout", ["timm", "hugging-face"])
+def test_names_of_classes_and_the_grid_are_written_and_given_back(tmp_path, layout):
+    """In safetensors' metadata, where values are text: as JSON."""
+    model, path = small(img_size=(32, 16)), tmp_path / "vit.safetensors"
+    vit.save_weights(model, path, layout, classes=NAMES)
+    assert weights.metadata(path) == dict(classes=NAMES, grid=(4, 2), config=None)
+    assert weights.metadata(str(path))["classes"] == NAMES
+    with safetensors.safe_open(path, "pt") as file:
+        assert {n: json.loads(v) for n, v in file.metadata().items() if n != "format"} == dict(
+            classes=NAMES, grid=[4, 2]
+        )
+        assert file.metadata()["format"] == "pt"
+    vit.save_weights(model, path, layout)
+    assert weights.metadata(path)["classes"] is None
+    weights.write(student(), tmp_path / "mae.safetensors")
+    assert weights.metadata(tmp_path / "mae.safetensors")["grid"] == (4, 4)
+    weights.write(resnet.create("resnet50", depths=(1,), num_classes=5), tmp_path / "resnet", classes=NAMES)
+    assert weights.metadata(tmp_path / "resnet") == dict(classes=NAMES, grid=None, config=None)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(num_classes=0)])
+def test_names_that_are_not_one_for_each_class_are_not_written(tmp_path, options):
+    with pytest.raises(ValueError, match="4 names of classes do not fit"):
+        vit.save_weights(small(**options), tmp_path / "vit.safetensors", classes=NAMES[:4])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_runs_checkpoint_gives_its_names_grid_and_configuration(save):
+    config = {"task": "finetune", "arch": "vit_b16"}
+    content = dict(model=small().state_dict(), step=3, classes=NAMES, grid=[4, 4], config=config)
+    assert weights.metadata(save(content, "last.pt")) == dict(classes=NAMES, grid=(4, 4), config=config)
+
+
+@pytest.mark.parametrize(
+    ("classes", "grid"),
+    [(10, 7), ("abc", "4x4"), ([1, 2], [4.0, 4.0]), ([], [4]), ({"a": 1}, [0, 4]), (torch.ones(2), [True, True])],
+)
+def test_what_other_code_means_by_these_words_is_nothing(tmp_path, classes, grid, save):
+    """And nothing is said by a file that does not have them."""
+    nothing = dict(classes=None, grid=None, config=None)
+    content = dict(model=small().state_dict(), classes=classes, grid=grid, config=3)
+    assert weights.metadata(save(content, "vit.pt")) == nothing
+    said = dict(classes=str(classes), grid=str(grid), config="{}")
+    safetensors.torch.save_file(small().state_dict(), tmp_path / "vit", metadata=said)
+    assert weights.metadata(tmp_path / "vit") == nothing
+    for name in files_of_all_kinds(tmp_path):
+        assert weights.metadata(tmp_path / name) == nothing
+    assert weights.metadata(save(torch.ones(3), "tensor.pt")) == nothing
+
+
+def test_the_digest_is_that_of_the_file_or_of_the_copy(site, tmp_path):
+    content = page(filled(small().state_dict()), tmp_path)
+    site.pages["/vit.pt"] = content
+    expected = hashlib.sha256(content).hexdigest()
+    assert weights.digest(tmp_path / "page") == weights.digest(f"{site.url}/vit.pt") == expected
+    (tmp_path / "page").write_bytes(content + b" ")
+    assert weights.digest(tmp_path / "page") != expected
+
+
+def named(tmp_path, classes):
+    """A file whose head names its classes: path, its head."""
+    model = small()
+    model.load_state_dict(filled(model.state_dict()))
+    vit.save_weights(model, tmp_path / "vit.safetensors", classes=classes)
+    return tmp_path / "vit.safetensors", model.head
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [4, 2, 0, 1, 3]], ids=["same", "other order"])
+def test_a_head_follows_the_names_of_its_classes(tmp_path, order):
+    """Whatever their order: an image of a class keeps its logit."""
+    path, head = named(tmp_path, NAMES)
+    model = small()
+    notes = vit.load_weights(model, path, classes=[NAMES[i] for i in order])
+    assert notes == ["head re-ordered: the file has the same classes in another order"] * (order != sorted(order))
+    for i, j in enumerate(order):
+        assert torch.equal(model.head.weight[i], head.weight[j])
+        assert torch.equal(model.head.bias[i], head.bias[j])
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [(NAMES, ["other", *NAMES[1:]]), (NAMES, [*NAMES[:4], NAMES[0]]), (["a", "a", "b", "c", "d"], list("abacd"))],
+    ids=["renamed", "one twice", "the same twice in both"],
+)
+def test_a_head_for_classes_of_other_names_keeps_its_initial_value(tmp_path, theirs, ours):
+    """As many classes, and yet not the same: a label of the file would be another class here."""
+    path, _ = named(tmp_path, theirs)
+    model = small()
+    (note,) = vit.load_weights(model, path, classes=ours)
+    assert re.match("head left at its initial value: its classes are .* here, .* in the file", note)
+    assert not model.head.weight.any()
+    assert not model.head.bias.any()
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [(None, NAMES), (NAMES, None), (None, None)])
+def test_without_names_on_both_sides_the_number_of_classes_decides(tmp_path, theirs, ours):
+    path, head = named(tmp_path, theirs)
+    model = small()
+    assert vit.load_weights(model, path, classes=ours) == []
+    assert torch.equal(model.head.weight, head.weight)
+    (note,) = vit.load_weights(small(num_classes=3), path, classes=ours and ours[:3])
+    assert note == "head left at its initial value: 3 classes here, 5 in the file"
+
+
 # ---------------------------------------------------------------------------------------------
 # Wrappers, and timm's names
 # ---------------------------------------------------------------------------------------------
@@ -335,14 +493,196 @@ def test_student_or_teacher_is_chosen_where_a_file_holds_both(tmp_path, names, w
     same(weights.read(path), both["student"])
 
 
-def test_a_file_with_one_model_gives_it_to_both(save):
+PAIRS = [  # what training scripts call the weights, and their average over the steps
+    ("model", "model_ema"),  # timm, DeiT, ConvNeXt
+    ("state_dict", "state_dict_ema"),  # timm
+    ("model", "ema"),
+    ("model_state_dict", "ema_model_state_dict"),
+    ("net", "net_ema"),
+    ("model", "teacher"),
+    ("encoder", "target_encoder"),  # I-JEPA
+    ("weights", "averaged_weights"),
+    ("model", "Shadow"),
+    ("backbone", "swa"),
+]
+
+
+@pytest.mark.parametrize("names", PAIRS, ids="-".join)
+def test_weights_or_their_average_are_told_apart_by_name(names, save):
+    """In either order, however deep the average stands, and as beginnings of names in one dict, too."""
+    raw = filled(small(depth=1).state_dict())
+    average = {name: value + 1 for name, value in raw.items()}
+    for content in (
+        {names[0]: raw, names[1]: average, "epoch": 3},
+        {names[0]: raw, names[1]: {"decay": 0.9, "state": {"x": average}}},
+        {names[1]: {"module": average}, "optimizer": {"state": {0: {"step": 1}}}, names[0]: raw},
+        {"step": 1, "model": prefixed(raw, f"{names[0]}.") | prefixed(average, f"{names[1]}.")},
+        prefixed(average, f"module.{names[1]}.") | prefixed(raw, f"module.{names[0]}."),
+    ):
+        path = save(content, "vit.pth")
+        same(weights.read(path), raw)
+        same(weights.read(path, which="teacher"), average)
+
+
+WORDS = "model state_dict model_state_dict net network module ema model_ema state_dict_ema ema_model teacher student"
+
+
+@pytest.mark.parametrize("name", [*WORDS.split(), "weights", "backbone", "my model"])
+def test_a_file_with_one_model_gives_it_to_both(name, save):
+    """Whatever it is called: there is no other."""
     state = filled(small().state_dict())
-    for name in ("model", "student", "teacher"):
-        path = save({name: state}, "vit.pth")
-        same(weights.read(path, which="student"), state)
-        same(weights.read(path, which="teacher"), state)
+    path = save({name: state}, "vit.pth")
+    same(weights.read(path, which="student"), state)
+    same(weights.read(path, which="teacher"), state)
     with pytest.raises(ValueError, match=r"'ema'.*student and teacher"):
         weights.read(path, which="ema")
+
+
+def test_a_wrapper_that_holds_something_else_is_passed_over(save):
+    """`model` is a dict of options here; the weights stand beside it."""
+    state = filled(small().state_dict())
+    same(weights.read(save({"model": {"arch": "vit", "depth": 2}, "net": {"weights": state}}, "vit.pth")), state)
+
+
+def test_of_several_models_that_no_name_tells_apart_none_is_taken(save):
+    states = [{n: v + i for n, v in filled(small().state_dict()).items()} for i in (1, 2)]
+    path = save({"generator": states[0], "critic": states[1]}, "gan.pth")
+    one_line(path, "holds several models, generator and critic; save the one to load")
+
+
+def test_what_averages_compilers_and_wrappers_write_beside_or_into_names_is_left_out(save):
+    """torch.optim.swa_utils.AveragedModel counts; torch.compile, FSDP and checkpointing put a word into names."""
+    state = filled(small().state_dict())
+    same(weights.read(save({"n_averaged": torch.tensor(5)} | prefixed(state, "module."), "swa.pth")), state)
+    for word in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"):
+        inside = {re.sub(r"^(blocks\.\d+)\.", rf"\1.{word}.", name): value for name, value in state.items()}
+        same(weights.read(save(prefixed(inside, f"{word}."), "wrapped.pth")), state)
+
+
+def renumbered(state, number):
+    """Its blocks under other numbers: number(old) -> new, or None to leave a block out."""
+    out = {}
+    for name, value in state.items():
+        block = re.match(r"(.*blocks\.)(\d+)(\..*)", name)
+        new = number(int(block[2])) if block else 0
+        if new is not None:
+            out[f"{block[1]}{new}{block[3]}" if block else name] = value
+    return out
+
+
+@pytest.mark.parametrize("number", [lambda i: i + 1, lambda i: 2 * i, lambda i: f"0{i}"], ids=["1 2", "0 2", "00 01"])
+def test_blocks_that_are_not_numbered_from_0_are_refused(number, save):
+    """As many as here: they would land one block further, and the first would stay as it was."""
+    for content, model in ((small().state_dict(), small()), (official_file(), student())):
+        before = copied(model)
+        with pytest.raises(ValueError, match=r"vit\.pth does not fit: its .*number them from 0"):
+            weights.load(model, save(renumbered(filled(content), number), "vit.pth"))
+        same(model.state_dict(), before)
+
+
+@pytest.mark.parametrize("part", ["attn.qkv.weight", "attn.qkv.bias", "norm2.bias", "mlp.fc2.weight"])
+def test_a_block_without_a_part_that_others_have_is_refused(part, save):
+    """A file that is torn, or joined from two: what is missing in one block is no other kind of model."""
+    for stack, content, model in (
+        ("blocks", small().state_dict(), small()),
+        ("decoder_blocks", official_file(), student()),
+    ):
+        state = filled(content)
+        del state[f"{stack}.1.{part}"]
+        with pytest.raises(ValueError, match=rf"vit\.pth does not fit: its .*blocks\.1\.{part} is missing"):
+            weights.load(model, save(state, "vit.pth"))
+
+
+@pytest.mark.parametrize("part", ["attn.proj.weight", "norm1.weight", "mlp.fc1.weight"])
+def test_blocks_that_all_lack_a_weight_are_refused(part, save):
+    """Without biases they are a model of their own kind; without a matrix they are none."""
+    state = {name: value for name, value in small().state_dict().items() if not name.endswith(part)}
+    with pytest.raises(ValueError, match=rf"its blocks\.0\.{part} is missing"):
+        weights.load(small(), save(state, "vit.pth"))
+
+
+def test_a_stage_without_its_shortcut_is_refused(save):
+    """Only the first block of a stage has one."""
+    state = resnet.create("resnet50", depths=(1,), num_classes=5).state_dict()
+    del state["stages.0.blocks.0.downsample.conv.weight"]
+    with pytest.raises(ValueError, match=r"stages\.0\.blocks\.0\.downsample\.conv\.weight is missing"):
+        weights.load(resnet.create("resnet50", depths=(1,), num_classes=5), save(state, "resnet.pth"))
+
+
+def test_one_weight_under_two_names_is_refused(save):
+    """Which of them counts, nobody knows."""
+    state = filled(small().state_dict())
+    old, new = (hugging_face_file(state, kind) for kind in ("files", "inside version 5"))
+    one_line(save(old | new, "vit.pth"), "does not fit: it has .* twice, the second time as ")
+    old["vit.encoder.layer.1.attn.qkv.weight"] = state["blocks.1.attn.qkv.weight"]
+    one_line(save(old, "vit.pth"), r"does not fit: q, k and v of blocks\.1\.attn\.\*")
+
+
+KIND_OF_TENSOR = {
+    "sparse": lambda v: v.to_sparse(),
+    "sparse, by rows": lambda v: v.to_sparse_csr(),
+    "meta": lambda v: v.to("meta"),
+    "quantised": lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8),
+    "nested": lambda v: torch.nested.nested_tensor(list(v)),
+    "int8": lambda v: v.to(torch.int8),
+    "int64": lambda v: v.long(),
+    "uint8": lambda v: v.byte(),
+    "bool": lambda v: v > 0,
+    "complex64": lambda v: v + 0j,
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, of kinds in beta or on their way out
+@pytest.mark.parametrize("kind", KIND_OF_TENSOR)
+def test_only_plain_tensors_of_floating_point_numbers_are_taken(kind, save):
+    """Others crash somewhere, or are cast: packed integers are not weights without what unpacks them."""
+    state = filled(small().state_dict())
+    state["head.weight"] = KIND_OF_TENSOR[kind](state["head.weight"])
+    word = "sparse" if kind.startswith("sparse") else kind
+    one_line(save(state, "vit.pth"), f"its head.weight is .*{word}.*; save plain tensors of floating-point numbers")
+    clip = clip_file()
+    clip["visual.proj"] = KIND_OF_TENSOR[kind](clip["visual.proj"].float())
+    with pytest.raises(ValueError, match=f"its visual.proj is .*{word}"):
+        weights.load_frozen("clip", "vit_b16", 32, save(clip, "clip.pth"))
+
+
+def test_integers_in_a_google_file_are_refused(tmp_path):
+    np.savez(tmp_path / "vit.npz", **google_file(small()) | {"cls": np.zeros((1, 1, D), np.int32)})
+    one_line(tmp_path / "vit.npz", "its cls is torch.int32; save plain tensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2])
+def test_floating_point_numbers_of_all_sizes_are_taken(dtype, save):
+    """Cast to the model's, each to the nearest."""
+    state = {name: value.to(dtype) for name, value in filled(small().state_dict()).items()}
+    model = load(small(), save(state, "vit.pth"))
+    same(model.state_dict(), {name: value.to(torch.float32) for name, value in state.items()})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e39])
+def test_weights_that_are_no_finite_numbers_are_refused(value, save):
+    """Of a run that diverged; 1e39 is too large for float32. In a part that is not loaded they do no harm."""
+    state = {name: value.double() for name, value in filled(small().state_dict()).items()}
+    state["blocks.1.mlp.fc1.bias"][3] = value
+    model = small()
+    before = copied(model)
+    with pytest.raises(ValueError, match=r"vit\.pth is of no use: its blocks.1.mlp.fc1.bias holds NaN"):
+        weights.load(model, save(state, "vit.pth"))
+    same(model.state_dict(), before)
+    state["blocks.1.mlp.fc1.bias"][3], state["head.bias"][0] = 0, value
+    weights.load(small(num_classes=0), save(state, "vit.pth"))
+
+
+@pytest.mark.parametrize("name", ["head.weight", "cls_token", "patch_embed.proj.weight", "decoder_pred_losspred.bias"])
+def test_a_number_in_the_place_of_a_tensor_is_refused(name, save):
+    """A tensor without dimensions, as a counter is; also where the model does not have that part."""
+    state = filled(small().state_dict()) | {name: torch.tensor(3.0)}
+    path = save(state, "vit.pth")
+    for model in (small(), student(), small(num_classes=0)):
+        with contextlib.suppress(ValueError):  # what is left out does no harm
+            weights.load(model, path)
+    with pytest.raises(ValueError, match="vit.pth"):
+        weights.load(student() if "decoder" in name else small(), path)
 
 
 @pytest.mark.parametrize(
@@ -550,7 +890,7 @@ def test_an_autoencoder_of_another_image_size_gets_its_positions(save):
     """Of encoder and decoders, by the formula, and it is said once."""
     model = student(img_size=(48, 64))
     notes = weights.load(model, save(official_file(), "mae.pth"))
-    assert notes == ["sine-cosine positions computed for the 6x8 grid"]
+    assert notes == ["sine-cosine positions computed for the 6x8 grid, in place of 4x4"]
     assert torch.equal(model.encoder.pos_embed, vit.sincos_pos_embed(D, (6, 8)))
     assert torch.equal(model.decoder_pos_embed, vit.sincos_pos_embed(32, (6, 8)))
 
@@ -639,36 +979,182 @@ def test_sine_cosine_positions_are_computed_for_the_models_grid(save, there, her
     rows, columns = model.grid
     oracle = oracles.sincos_loops(8, rows, columns, prefix=int(class_token))
     oracles.equal(model.pos_embed, oracle, "of the file's grid?", 1e-7)  # the formula's, rounded to float32
-    assert notes[0] == f"sine-cosine positions computed for the {rows}x{columns} grid"
+    old = "{}x{}".format(*square(img_size=there).grid)
+    assert notes[0] == f"sine-cosine positions computed for the {rows}x{columns} grid, in place of {old}"
     assert notes[1:] == [] if class_token else ["not used: cls_token"]
 
 
-def test_the_formula_is_recognised_in_a_model_that_learns_positions(save):
-    """To fine-tune a pre-trained MAE at another size: exact positions, not interpolated ones, to start from."""
+RUN = dict(grid=[4, 4]), dict(config={"task": "mae"})  # what a last.pt says, and what it said before grids were
+
+
+@pytest.mark.parametrize("said", RUN, ids=["grid", "config"])
+def test_the_formula_of_our_own_runs_is_computed_anew_for_a_model_that_learns_positions(save, said):
+    """To fine-tune at another size: exact positions, not interpolated ones, to start from."""
     model = square(img_size=(4, 6))
-    file = square(img_size=8, pos_embed="sincos").state_dict()  # 4x4 -> 2x3
-    assert weights.load(model, save(file, "vit.pt")) == ["sine-cosine positions computed for the 2x3 grid"]
+    file = dict(model=square(img_size=8, pos_embed="sincos").state_dict(), **said)  # 4x4 -> 2x3
+    notes = ["sine-cosine positions computed for the 2x3 grid, in place of 4x4"]
+    assert weights.load(model, save(file, "last.pt")) == notes
     oracles.equal(model.pos_embed, oracles.sincos_loops(8, 2, 3, prefix=1), "interpolated?", 1e-7)
     assert model.pos_embed.requires_grad, "they are the start of learned ones"
+
+
+def interpolated_by_torch(pos_embed, old, new):
+    """util/pos_embed.py of MAE and HPM, lines 72-96, with sizes for height and width: bicubic, no antialias."""
+    image = pos_embed[:, 1:].reshape(1, *old, -1).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=new, mode="bicubic", align_corners=False)
+    return torch.cat([pos_embed[:, :1], image.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+
+@pytest.mark.parametrize(("there", "here"), [(8, 12), (16, (8, 12)), (8, 6)], ids=["larger", "smaller", "3x3"])
+def test_mae_and_hpm_interpolate_their_formula_to_fine_tune(save, there, here):
+    """Their positions are learned from there on, and start from torch's bicubic, not from the formula.
+
+    Values differ: by 0.3 and more here. A model whose positions stay fixed still gets those of its own grid.
+    """
+    file = square(img_size=there, pos_embed="sincos").state_dict()
+    model, fixed = square(img_size=here), square(img_size=here, pos_embed="sincos")
+    path, old = save({"model": file}, "mae.pth"), (there // 2, there // 2)
+    grids = "{}x{} to {}x{}".format(*old, *model.grid)
+    assert weights.load(model, path) == [f"positions interpolated from {grids}"]
+    theirs = interpolated_by_torch(file["pos_embed"], old, model.grid)
+    oracles.equal(model.pos_embed, theirs.double().numpy(), "as MAE's code does", 1e-6)
+    assert (theirs - fixed.pos_embed).abs().max() > 0.1, "that the formula differs is what this test is about"
+    weights.load(fixed, path)
+    oracles.equal(fixed.pos_embed, oracles.sincos_loops(8, *fixed.grid, prefix=1), "the formula", 1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_the_formula_is_recognised_up_to_the_files_precision(dtype):
     """Half of a unit in the last place near 1: 2^-9 in bfloat16, 2^-12 in float16, both below the 1e-2 allowed."""
-    pos_embed = vit.sincos_pos_embed(8, (3, 4)).to(dtype)
-    assert weights.follow_formula(pos_embed, [(3, 4)], 1)
-    assert not weights.follow_formula(pos_embed, [(4, 3), (3, 3)], 1)
-    pos_embed[0, -1, -1] += 2e-2
-    assert not weights.follow_formula(pos_embed, [(3, 4)], 1)
+    for grid in ((3, 4), (1, 12), (12, 1)):
+        pos_embed = vit.sincos_pos_embed(8, grid).to(dtype)
+        assert weights.formula_grid(pos_embed, 1) == grid
+        pos_embed[0, -1, -1] += 2e-2
+        assert weights.formula_grid(pos_embed, 1) is None
 
 
-def test_positions_of_an_oblong_grid_need_the_same_grid(save):
-    """A file does not say which grid its positions fill. On the model's own they load; else only a square is sure."""
-    first, second = oracles.filled(square(img_size=(4, 6))), square(img_size=(4, 6)).double()  # 2x3
-    path = save(first.state_dict(), "vit.pt")
-    assert torch.equal(load(second, path).pos_embed, first.pos_embed)
-    with pytest.raises(ValueError, match=r"vit\.pt has positions for 6 patches, no square grid"):
-        weights.load(square(), path)
+def oblong(kind="vit", rows=2, columns=8, seed=0):
+    """A model on a grid that is not square, with positions that no formula gives; and the file of such a model."""
+    options = dict(img_size=(2 * rows, 2 * columns))
+    if kind == "autoencoder":
+        encoder = vit.ViT(**(SQUARE | options | dict(num_classes=0, pos_embed="sincos")))
+        model = hpm.Autoencoder(encoder, 12, 8, 1, 2)
+    else:
+        model = square(pos_embed="none" if kind == "relative" else "learned", **options)
+        if kind == "relative":
+            positions.replace(model, "relative")
+    state = filled(model.state_dict())
+    model.load_state_dict(state)
+    return model.eval()
+
+
+KINDS = ["vit", "autoencoder", "relative"]
+SAYS = ["run", "safetensors", "by hand"]
+
+
+def written(model, how, tmp_path):
+    """The model's file, which says its grid or not: path, and what `load` has to be told."""
+    path, grid = tmp_path / "vit.pt", getattr(model, "encoder", model).grid
+    if how == "safetensors":
+        weights.write(model, path)
+    else:
+        torch.save({"model": model.state_dict(), "step": 3} | ({"grid": list(grid)} if how == "run" else {}), path)
+    return path, dict(grid=grid) if how == "by hand" else {}
+
+
+@pytest.mark.parametrize("how", SAYS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_positions_of_an_oblong_grid_come_back_where_the_grid_is_known(tmp_path, kind, how):
+    """Because the file says it, as ours do, or because the user does."""
+    first, second = oblong(kind), oblong(kind)
+    for parameter in second.parameters():
+        parameter.data.zero_()
+    path, known = written(first, how, tmp_path)
+    assert not [note for note in weights.load(second, path, **known) if "interpolated" in note]
+    same(second.state_dict(), first.state_dict())
+
+
+@pytest.mark.parametrize("how", SAYS)
+@pytest.mark.parametrize("here", [(4, 4), (8, 2), (3, 5)], ids=["square", "turned", "other"])
+@pytest.mark.parametrize("kind", ["vit", "autoencoder"])
+def test_a_known_grid_is_interpolated_as_what_it_is(tmp_path, kind, here, how):
+    """2 x 8 positions are 16, as 4 x 4 and 8 x 2 are; a note names both grids."""
+    first, second = oblong(kind), oblong(kind, *here)
+    path, known = written(first, how, tmp_path)
+    notes = weights.load(second, path, **known)
+    assert "positions interpolated from 2x8 to {}x{}".format(*here) in notes
+    for name in ("pos_embed", "decoder_pos_embed") if kind == "autoencoder" else ("pos_embed",):
+        ours, theirs = (
+            {n.removeprefix("encoder."): v for n, v in m.state_dict().items()}[name] for m in (second, first)
+        )
+        oracles.equal(ours, oracles.resize_loops(theirs.double().numpy(), (2, 8), here, 1, False), name, 1e-5)
+
+
+@pytest.mark.parametrize("how", SAYS)
+@pytest.mark.parametrize("here", [(4, 4), (8, 2)])
+def test_relative_positions_of_another_grid_with_as_many_patches_are_refused(tmp_path, here, how):
+    """An offset in the sequence is another offset in the image then."""
+    second = oblong("relative", *here)
+    path, known = written(oblong("relative"), how, tmp_path)
+    with pytest.raises(ValueError, match="relative positions of a grid of 2x8, not those of {}x{}".format(*here)):
+        weights.load(second, path, **known)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("there", "here"), [((2, 8), (2, 8)), ((4, 4), (2, 8)), ((2, 3), (2, 3)), ((2, 3), (4, 4))], ids=str
+)
+def test_a_grid_that_nobody_knows_is_not_guessed(tmp_path, kind, there, here):
+    """Unless it is a square number of patches, and the model's own grid no other candidate."""
+    first, second = oblong(kind, *there), oblong(kind, *here)
+    before = copied(second)
+    path, _ = written(first, "unknown", tmp_path)
+    if kind == "relative" and math.prod(there) != math.prod(here):
+        match = "has the shape"  # their number alone does not fit
+    else:
+        match = rf"vit\.pt has positions for {math.prod(there)} patches and does not say .*--init-grid ROWSxCOLUMNS"
+    with pytest.raises(ValueError, match=match):
+        weights.load(second, path)
+    same(second.state_dict(), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_square_number_is_square_for_a_square_model(tmp_path, kind):
+    first, second = oblong(kind, 4, 4), oblong(kind, 4, 4, seed=1)
+    path, _ = written(first, "unknown", tmp_path)
+    weights.load(second, path)
+    same(second.state_dict(), first.state_dict())
+
+
+def test_a_square_number_is_square_for_an_oblong_model_of_another_number(tmp_path):
+    second = oblong("vit", 3, 5)
+    path, _ = written(oblong("vit", 4, 4), "unknown", tmp_path)
+    assert weights.load(second, path) == ["positions interpolated from 4x4 to 3x5"]
+
+
+def test_a_grid_given_by_hand_comes_before_the_files(tmp_path):
+    first = oblong()
+    path, _ = written(first, "run", tmp_path)
+    assert weights.load(oblong("vit", 3, 5), path, grid=(8, 2)) == ["positions interpolated from 8x2 to 3x5"]
+    with pytest.raises(ValueError, match=r"vit\.pt has positions for 16 patches, which do not fill a grid of 3x5"):
+        weights.load(oblong("vit", 3, 5), path, grid=(3, 5))
+
+
+def test_a_grid_that_the_formula_contradicts_is_refused(save):
+    """Sine-cosine positions say themselves which grid is theirs."""
+    path = save(square(pos_embed="sincos", img_size=(4, 16)).state_dict(), "vit.pt")
+    with pytest.raises(ValueError, match="the sine-cosine positions of a grid of 2x8, not of 4x4"):
+        weights.load(square(img_size=8), path, grid=(4, 4))
+
+
+def test_a_grid_that_rows_and_columns_contradict_is_refused(save):
+    first, second = (square(img_size=size, pos_embed="none") for size in ((8, 12), (6, 4)))
+    for model in (first, second):
+        positions.replace(model, "2d")
+    path = save(first.state_dict(), "2d.pt")
+    with pytest.raises(ValueError, match="2d.pt has 4 of row_pos_embed, its grid can't be 6x4"):
+        weights.load(second, path, grid=(6, 4))
+    weights.load(second, path, grid=(4, 6))
 
 
 def test_two_dimensional_positions_are_interpolated_along_each_axis(save):
@@ -689,16 +1175,17 @@ def test_relative_positions_need_the_grid_of_the_file(save):
     file, other, again = (square(img_size=size, pos_embed="none") for size in ((4, 6), (8, 12), (4, 6)))
     for model in (file, other, again):
         positions.replace(model, "relative")
-    path = save(filled(file.state_dict()), "relative.pth")
+    path = save({"model": filled(file.state_dict()), "grid": [2, 3]}, "relative.pth")
     with pytest.raises(ValueError, match=r"relative.pos_embed has the shape \(13, 4\), this model's \(49, 4\)"):
         weights.load(other, path)
     load(again, path)
 
 
 def test_a_class_token_missing_from_the_file_keeps_its_value(save):
-    """And so does its position; the patches get theirs."""
-    state, model = timm_file(), oracles.filled(square())
+    """And so does its position; the patches get theirs. So it is for files whose models take the mean over patches."""
+    state, model = timm_file(), oracles.filled(square(pool="mean"))
     x_class, position = model.cls_token.clone(), model.pos_embed[:, :1].clone()
+    state["fc_norm.weight"], state["fc_norm.bias"] = state.pop("norm.weight"), state.pop("norm.bias")
     del state["cls_token"]
     state["pos_embed"] = state["pos_embed"][:, 1:]
     assert weights.load(model, save(state, "vit.pt")) == ["left at the initial value: cls_token"]
@@ -723,6 +1210,48 @@ def test_a_head_for_other_classes_keeps_its_initial_value(save):
     assert torch.equal(model.blocks[1].mlp.fc2.weight, state["blocks.1.mlp.fc2.weight"])
 
 
+KINDS_WITH_FILTERS = {
+    "patch_embed.proj.weight": lambda in_chans: square(in_chans=in_chans),
+    "stem.conv.weight": lambda in_chans: resnet.create("resnet50", depths=(1,), num_classes=5, in_chans=in_chans),
+    "patch_embed.backbone.stem.conv.weight": lambda in_chans: resnet.create(
+        "r50_vit_b16", 32, num_classes=5, in_chans=in_chans, dim=8, depth=1, num_heads=2
+    ),
+}
+
+
+CHANNELS = [("patch_embed.proj.weight", *pair) for pair in [(3, 2), (3, 4), (3, 7), (1, 2)]]
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "here"), [*CHANNELS, *((name, *pair) for name in KINDS_WITH_FILTERS for pair in [(3, 1), (1, 3)])]
+)
+def test_filters_are_summed_or_repeated_for_another_number_of_channels(save, name, there, here):
+    """As timm does it (adapt_input_conv): a grey image as three equal channels, or as one, gives the same."""
+    model = KINDS_WITH_FILTERS[name](here)
+    state = filled(KINDS_WITH_FILTERS[name](there).state_dict())
+    (note,) = weights.load(model, save(state, "vit.pth"))
+    old, new = state[name].double().numpy(), model.state_dict()[name]
+    expected = np.zeros(new.shape)
+    for c in range(max(here, there)):
+        if here == 1:
+            expected[:, 0] += old[:, c]
+        elif c < here:
+            expected[:, c] = old[:, c % there] * there / here
+    oracles.equal(new, expected, atol=1e-6)
+    if here == 1:
+        assert note == f"{name} summed over {there} channels, for 1"
+    else:
+        assert note == f"{name} repeated from {there} to {here} channels, and scaled by {there}/{here}"
+    if {there, here} == {1, 3}:
+        oracles.equal(new.sum(dim=1), old.sum(axis=1), "what a grey image meets", 1e-5)
+
+
+@pytest.mark.parametrize(("there", "here"), [(2, 3), (4, 1), (4, 3)])
+def test_filters_for_other_channels_than_1_or_3_are_refused(save, there, here):
+    with pytest.raises(ValueError, match=rf"patch_embed.proj.weight has the shape \(8, {there}, 2, 2\)"):
+        weights.load(square(in_chans=here), save(square(in_chans=there).state_dict(), "vit.pt"))
+
+
 @pytest.mark.parametrize("img_size", [6, 4], ids=["same grid", "other grid"])
 def test_what_is_lacking_and_what_is_unused_is_said(save, img_size):
     """A pre-trained MAE: no head, a norm that a mean-pooling model does not have, and a decoder."""
@@ -742,8 +1271,8 @@ def test_what_is_lacking_and_what_is_unused_is_said(save, img_size):
         (dict(P=4), r"patch_embed.proj.weight has the shape \(8, 3, 4, 4\), this model's \(8, 3, 2, 2\)"),
         (dict(depth=1), "its depth is 1 blocks, this model's 2"),
         (dict(depth=3), "its depth is 3 blocks, this model's 2"),
-        (dict(patches=7), "positions for 7 patches, no square grid"),
-        (dict(patches=0), "positions for 0 patches, no square grid"),
+        (dict(patches=7), "positions for 7 patches and does not say"),
+        (dict(patches=0), "positions for 0 patches and does not say"),
     ],
     ids=["width", "width, grid and classes", "MLP width", "patch size", "too shallow", "too deep", "7", "0"],
 )
@@ -776,7 +1305,7 @@ def test_a_resnet_takes_nothing_of_a_vit(save):
     with pytest.raises(ValueError, match=r"vit\.pt does not fit: its stages 0 depth is 0 blocks, this model's 1"):
         weights.load(model, save(timm_file(), "vit.pt"))
     with pytest.raises(ValueError, match="does not fit: it has nothing of this model, which starts with stem.conv"):
-        weights.load_state(model, {"cls_token": torch.zeros(1, 1, 8)}, "a dict")
+        weights.load_state(model, {"cls_token": torch.zeros(1, 1, 8)}, "a dict", {})
     same(model.state_dict(), before)
 
 
@@ -864,6 +1393,21 @@ def test_a_clip_file_gives_projected_features_of_its_visual_tower(tiny, save):
     w = {name.removeprefix("visual."): v.double().numpy() for name, v in state.items() if name.startswith("visual.")}
     frozen = frozen.double()
     equal(frozen.head(frozen.encode(images)), np.stack([clip_numpy(image, w, 2, 4) for image in images.numpy()]))
+
+
+@pytest.mark.parametrize("missing", ["pos_embed", "cls_token", "norm.weight"])
+def test_a_frozen_model_without_one_of_its_parts_is_refused(missing, tiny, save):
+    """What is at its initial value gives features of nothing, and nobody would learn of it."""
+    state = oracles.filled(vit.create(tiny, 12, 0)).state_dict()
+    del state[missing]
+    with pytest.raises(ValueError, match=rf"dino.pt does not fit: .*{missing}|dino.pt does not fit: .*no class token"):
+        weights.load_frozen("dino", tiny, 12, save(state, "dino.pt"))
+
+
+def test_a_frozen_model_takes_images_of_one_channel(tiny, save):
+    dino = oracles.filled(vit.create(tiny, 12, 0)).float()
+    frozen, grey = weights.load_frozen("dino", tiny, 12, save(dino.state_dict(), "dino.pt"), 1), random(2, 1, 12, 12)
+    oracles.equal(frozen.encode(grey), dino.encode(grey.expand(-1, 3, -1, -1)).detach().double().numpy(), atol=1e-4)
 
 
 @pytest.mark.parametrize("target", ["dino", "clip"])
@@ -971,9 +1515,20 @@ def test_q_k_and_v_have_to_have_one_shape(save, missing):
             weights.read(save(file | change, "vit.pt"))
 
 
+@pytest.mark.parametrize("here", [(4, 10), (8, 8)])
+def test_positions_of_hugging_faces_files_are_interpolated_by_torch(save, here):
+    """interpolate_pos_encoding of transformers' ViTEmbeddings: bicubic, without antialias."""
+    there, model = oracles.filled(square()), square(img_size=here).double()
+    weights.load(model, save(hugging_face_file(there.state_dict(), "files"), "vit.pt"))
+    theirs = interpolated_by_torch(there.pos_embed, (3, 3), model.grid)
+    oracles.equal(model.pos_embed, theirs.detach().numpy(), "torch's bicubic", 1e-10)
+
+
 def test_what_is_written_for_hugging_face_has_its_names(tmp_path):
-    state = filled(small().state_dict())
-    weights.write(tmp_path / "model.safetensors", state, "hugging-face")
+    model = small()
+    state = filled(model.state_dict())
+    model.load_state_dict(state)
+    weights.write(model, tmp_path / "model.safetensors", "hugging-face")
     same(safetensors.torch.load_file(tmp_path / "model.safetensors"), hugging_face_file(state, "files"))
 
 
@@ -1208,6 +1763,48 @@ def test_google_npz_of_vit_b16_gives_equal_logits(tmp_path, img_size):
         equal(load(model, tmp_path / "vit.npz")(images), google_logits(images, arrays), FLOAT32)
 
 
+@pytest.mark.parametrize("options", [dict(), dict(pool="mean"), dict(pool="mean", class_token=False)], ids=str)
+def test_googles_mean_over_patches_is_refused_by_its_name(tmp_path, options, save):
+    """-gap-norep (configs/models.py): no class token, and the mean of what the last LayerNorm gives (models_vit.py).
+
+    Ours, as MAE's, is the LayerNorm of the mean: another function. timm's names for such a model say the same.
+    """
+    arrays = google_file(small())
+    del arrays["cls"]
+    arrays["Transformer/posembed_input/pos_embedding"] = arrays["Transformer/posembed_input/pos_embedding"][:, 1:]
+    np.savez(tmp_path / "gap.npz", **arrays)
+    path = save({name: torch.tensor(0.0) + value for name, value in weights.read(tmp_path / "gap.npz").items()}, "gap")
+    for file in (tmp_path / "gap.npz", path):
+        with pytest.raises(ValueError, match="gap.* no class token, and the mean over patches .*-gap-norep"):
+            weights.load(small(**options), file)
+
+
+@pytest.mark.parametrize(("there", "here"), [("mlp", "linear"), ("linear", "mlp")])
+def test_a_head_is_not_taken_without_the_layer_before_it(there, here, save):
+    """Google's files of ImageNet-21k have pre_logits: the head alone would read what it has never seen."""
+    model = small(head=here)
+    notes = weights.load(model, save(filled(small(head=there).state_dict()), "vit.pth"))
+    assert notes[0] == "head left at its initial value: the layer before it, pre_logits, is on one side alone"
+    assert notes[1:] == ["not used: pre_logits" if there == "mlp" else "left at the initial value: pre_logits"]
+    assert not model.head.weight.any()
+
+
+@pytest.mark.parametrize(("old", "new"), [((8, 8), (12, 12)), ((8, 8), (4, 4)), ((8, 8), (6, 10)), ((4, 16), (8, 12))])
+def test_positions_of_a_google_file_are_zoomed_as_its_authors_do(tmp_path, old, new):
+    """scipy.ndimage.zoom of order 1, as in vit_jax/checkpoint.py, interpolate_posembed; not timm's bicubic."""
+    there, here = (square(img_size=size, gelu="tanh") for size in (old, new))
+    arrays = google_file(there)
+    np.savez(tmp_path / "vit.npz", **arrays)
+    known = dict(grid=there.grid) if old[0] != old[1] else {}
+    notes = weights.load(here, tmp_path / "vit.npz", **known)
+    assert notes == ["positions interpolated from {}x{} to {}x{}".format(*there.grid, *here.grid)]
+    pos_embed = arrays["Transformer/posembed_input/pos_embedding"].astype(np.float64)
+    factors = (here.grid[0] / there.grid[0], here.grid[1] / there.grid[1], 1)
+    zoomed = scipy.ndimage.zoom(pos_embed[0, 1:].reshape(*there.grid, -1), factors, order=1)
+    oracles.equal(here.pos_embed[:, 1:], zoomed.reshape(1, -1, 8), "linear, both ends kept", 1e-6)
+    assert np.array_equal(here.pos_embed[:, :1].detach().numpy(), pos_embed[:, :1].astype(np.float32))
+
+
 @pytest.mark.parametrize(
     ("extra", "match"),
     [
@@ -1231,28 +1828,30 @@ def test_a_google_file_that_does_not_fit_is_refused(tmp_path, extra, match):
 
 def test_what_is_written_is_read_bit_for_bit(tmp_path):
     """Whatever the layout in memory: parameters that learn, views, half precision, one tensor under two names."""
-    state = filled(small().state_dict())
-    state["cls_token"] = nn.Parameter(state["cls_token"])
-    state["blocks.0.attn.proj.weight"] = state["blocks.0.attn.proj.weight"].T
-    state["blocks.1.attn.qkv.bias"] = state["blocks.1.attn.qkv.bias"].half()
-    state["blocks.1.norm1.bias"] = state["blocks.0.norm1.bias"]
-    weights.write(tmp_path / "new" / "vit.safetensors", state)
-    same(weights.read(tmp_path / "new" / "vit.safetensors"), {name: value.detach() for name, value in state.items()})
+    model = small()
+    model.load_state_dict(filled(model.state_dict()))
+    model.blocks[0].attn.proj.weight.data = model.blocks[0].attn.proj.weight.data.T
+    model.blocks[1].attn.qkv.bias.data = model.blocks[1].attn.qkv.bias.data.half()
+    model.blocks[1].norm1.bias = model.blocks[0].norm1.bias
+    weights.write(model, tmp_path / "new" / "vit.safetensors")
+    same(weights.read(tmp_path / "new" / "vit.safetensors"), dict(model.state_dict()))
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["vit.safetensors"], "a temporary file was left"
 
 
 def test_a_write_that_fails_leaves_the_file_before_it_whole(tmp_path, monkeypatch):
-    state, path = filled(small().state_dict()), tmp_path / "vit.safetensors"
-    weights.write(path, state)
+    model, path = small(), tmp_path / "vit.safetensors"
+    weights.write(model, path)
+    before = copied(model)
 
     def full_disk(tensors, name, metadata):
         Path(name).write_bytes(b"half of it")
         raise OSError("no space left on device")
 
     monkeypatch.setattr(safetensors.torch, "save_file", full_disk)
+    model.head.bias.data += 1
     with pytest.raises(OSError, match="no space"):
-        weights.write(path, {name: value + 1 for name, value in state.items()})
-    same(weights.read(path), state)
+        weights.write(model, path)
+    same(weights.read(path), before)
     assert [file.name for file in tmp_path.iterdir()] == ["vit.safetensors"]
 
 
