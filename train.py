@@ -225,10 +225,14 @@ def load_optimizer(optimizer, saved):
     fused = {"fused": optimizer.param_groups[0]["fused"]}  # a matter of shards, not of the run
 
     def fitting(value, param):
+        if value.shape not in (param.shape, ()):
+            raise ValueError
         return distributed.sharded(value, param) if value.shape == param.shape else value
 
     try:
         state = {i: {name: fitting(v, params[i]) for name, v in vs.items()} for i, vs in saved["state"].items()}
+        if not state:
+            raise ValueError  # no step was made with it
         groups = [group | fused for group in saved["param_groups"]]
         optimizer.load_state_dict(dict(state=state, param_groups=groups))
     except (LookupError, TypeError, ValueError, AttributeError):
@@ -534,6 +538,7 @@ def prepare(given):
     out, saved = run_folder.old_run(given.out, name)
     config = flags.resumed(given, saved, out / "config.json")
     dataset = flags.load_dataset(config)
+    config = flags.longer(config, given, len(dataset.train))
     flags.check_processes(config, dataset)
     return config, dataset, out
 

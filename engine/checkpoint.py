@@ -148,6 +148,8 @@ def last_line(out):
 
 def append_log(out, line):
     """Add an object to log.jsonl, on a line of its own whatever was done to the file in the meantime."""
+    if not (out / "log.jsonl").exists():  # `start_log` wrote one
+        print(f"warning: {out / 'log.jsonl'} is gone; {out / 'curves.png'} lacks what it said", file=sys.stderr)
     with open(out / "log.jsonl", "a+b") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)

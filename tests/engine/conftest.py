@@ -1,7 +1,9 @@
 """Fixtures of the tests that start runs. What they import is imported when they are asked for: most tests need none."""
 
 import functools
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -48,3 +50,33 @@ def steps_of(small, shallow, no_figures, monkeypatch):
     from tests.engine.runs import record_steps
 
     return functools.partial(record_steps, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """The folder of a run of 12 steps, two epochs, that ended well; nobody may write there."""
+    from tests.engine.runs import MICRO, run, stand_in
+
+    folder = tmp_path_factory.mktemp("finished")
+    with stand_in():
+        assert run(f"{MICRO} --steps 12 --out {folder / 'run'}") == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def finished(finished_run, small, shallow, no_figures):
+    """A copy of it as `run` in the folder of the test."""
+    shutil.copytree(finished_run, "run")
+    return Path("run")
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory):
+    """The checkpoints of a short HPM pre-training and a short supervised training at 16 pixels, a dict."""
+    from tests.engine.runs import MICRO, run, stand_in
+
+    folder = tmp_path_factory.mktemp("pretrained")
+    with stand_in():
+        for task, arch in (("hpm", "micro4"), ("supervised", "ti8")):
+            assert run(f"{MICRO} --arch vit_{arch} --task {task} --lr 0.003 --out {folder / task}") == 0
+    return {task: folder / task / "last.pt" for task in ("hpm", "supervised")}

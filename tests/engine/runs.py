@@ -3,10 +3,13 @@
 They stand in for the photographs: fixture `small` of conftest.py.
 """
 
+import contextlib
 import json
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 from PIL import Image
 from torch import nn
@@ -14,11 +17,12 @@ from torch.nn import functional as F
 
 import data
 import train
+import vit
 from engine import config as flags
 
 PLAIN = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)  # mean and standard deviation of the images below
-STILL = "--arch vit_micro4 --img-size 16 --batch-size 4"  # for tasks that make no steps
-MICRO = f"{STILL} --steps 3"
+STILL = "--arch vit_micro4 --img-size 16"  # for tasks that make no steps
+MICRO = f"{STILL} --batch-size 4 --steps 3"
 BLOCKS = 3  # of vit_micro4 in place of 6, where fixture `steps_of` or `shallow` is asked for
 TIMES = ("seconds", "images_per_second")  # what no two runs have in common
 
@@ -88,6 +92,26 @@ def write_images(path, broken=0, **classes):
                 Image.fromarray(picture).save(Path(path, split, name, f"{i}.png"))
     for i in range(broken):
         Path(path, "train", next(iter(classes)), f"{i}.png").write_text("no image")
+
+
+@contextlib.contextmanager
+def stand_in():
+    """What the fixtures `small`, `shallow` and `no_figures` do, for fixtures of a whole session."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "photos", small_photos)
+        patch.setitem(vit.ARCHS, "vit_micro4", vit.ARCHS["vit_micro4"] | {"depth": BLOCKS})
+        patch.setattr(train, "draw_figures", lambda *_: None)
+        yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def one_line(capsys):
+    """The error that was printed, which is one line."""
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, errors
+    return errors[0]
 
 
 class Enough(BaseException):

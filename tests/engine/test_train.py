@@ -30,7 +30,7 @@ import train
 import vit
 from downstream import probes
 from engine import config as flags
-from engine import distributed, memory, report
+from engine import distributed, report
 from related import resnet
 from tests.engine.runs import (
     BLOCKS,
@@ -42,6 +42,7 @@ from tests.engine.runs import (
     coloured,
     different,
     log,
+    one_line,
     run,
     settings,
     small_photos,
@@ -54,54 +55,8 @@ pytestmark = pytest.mark.usefixtures("leave_no_trace")
 ROOT = Path(train.__file__).parent
 
 
-@contextlib.contextmanager
-def stand_in():
-    """What the fixtures `small`, `shallow` and `no_figures` do, for fixtures of a whole session."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "photos", small_photos)
-        patch.setitem(vit.ARCHS, "vit_micro4", vit.ARCHS["vit_micro4"] | {"depth": BLOCKS})
-        patch.setattr(train, "draw_figures", lambda *_: None)
-        yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture(scope="session")
-def finished_run(tmp_path_factory):
-    """The folder of a run of 12 steps, two epochs, that ended well; nobody may write there."""
-    folder = tmp_path_factory.mktemp("finished")
-    with stand_in():
-        assert run(f"{MICRO} --steps 12 --out {folder / 'run'}") == 0
-    return folder / "run"
-
-
-@pytest.fixture
-def finished(finished_run, small, shallow, no_figures):
-    """A copy of it as `run` in the folder of the test."""
-    shutil.copytree(finished_run, "run")
-    return Path("run")
-
-
-@pytest.fixture(scope="session")
-def pretrained(tmp_path_factory):
-    """The checkpoints of a short HPM pre-training and a short supervised training at 16 pixels, a dict."""
-    folder = tmp_path_factory.mktemp("pretrained")
-    with stand_in():
-        for task, arch in (("hpm", "micro4"), ("supervised", "ti8")):
-            assert run(f"{MICRO} --arch vit_{arch} --task {task} --lr 0.003 --out {folder / task}") == 0
-    return {task: folder / task / "last.pt" for task in ("hpm", "supervised")}
-
-
 def contents(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-
-
-def one_line(capsys):
-    """The error that was printed, which is one line."""
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, errors
-    return errors[0]
 
 
 # ---------------------------------------------------------------------------------------------
