@@ -183,7 +183,7 @@ TO_HUGGING_FACE = (
 # What training scripts save a model under, in this order where a file holds several; and what, in such a name, says
 # that its weights are an average over the steps. What compiled or sharded modules write between the names.
 WRAPPERS = ("student", "model", "state_dict", "model_state_dict", "module", "net", "teacher", "ema_state_dict")
-AVERAGED_NAME = r"(?i)(^|[_.])(teacher|ema|averaged?|swa|shadow|momentum|target)([_.]|$)"
+AVERAGED_NAME = r"EMA|(?i:(?<![a-z])(teacher|ema|averaged?|avg|swa|shadow|polyak|momentum|target)(?![a-z]))"
 INSERTED = r"\b_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\."
 
 # ---------------------------------------------------------------------------------------------
@@ -277,8 +277,9 @@ def cached(url):
         files.download(url, path, checksum, check=file_format)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"can't download {url}: {explain(error)}; try again") from None
+    regular(path, f"{path}, the copy of {url}")
     try:
-        files.verify(regular(path, url), checksum)
+        files.verify(path, checksum)
     except ValueError:
         kept = f"the copy of {url} that is kept in {path} has another checksum than its name says"
         raise ValueError(f"{kept}: it was changed; delete it to download it again") from None
@@ -344,22 +345,24 @@ def tensors(source, which="student", wanted=None):
     content, said = content_of(source)
     if not isinstance(content, dict):
         raise ValueError(f"{source} holds no weights but a {type(content).__name__}; it has to be tensors by name")
-    wanted, models, others, seen = wanted or (lambda state: find_layout(state, which)), [], [], set()
-    inside = [((), content)]  # the names on the way to a dict, and the dict
-    for way, inner in inside:
-        if id(inner) not in seen and len(way) < 5:  # a dict may hold itself
-            seen.add(id(inner))
-            state = {str(name): value for name, value in inner.items()}
-            found = wanted(state)
-            (models if found else others).append((rank(way, which), way, state))
-            inside += [] if found else [((*way, n), v) for n, v in state.items() if isinstance(v, dict)]
-    models.sort(key=lambda model: model[0])
+    inside, wanted = list(dicts_in(content)), wanted or (lambda state: find_layout(state, which))
+    models = sorted((rank(way, which), i, ".".join(way)) for i, (way, state) in enumerate(inside) if wanted(state))
     if len(models) > 1 and models[0][0] == models[1][0]:
-        names = " and ".join(".".join(way) for _, way, _ in models[:2])
+        names = f"{models[0][2]} and {models[1][2]}"
         raise ValueError(f"{source} holds several models, {names}; save the one to load in a file of its own")
     if models:
-        return models[0][2], said
-    return max(others, key=lambda other: sum(isinstance(v, torch.Tensor) for v in other[2].values()))[2], said
+        return inside[models[0][1]][1], said
+    return max((state for _, state in inside), key=lambda state: sum(map(torch.is_tensor, state.values()))), said
+
+
+def dicts_in(content):
+    """A dict and all dicts in it: the names on the way to it, and what it holds by name. One that holds itself once."""
+    seen, queue = set(), [((), content)]
+    for way, inner in queue:
+        if id(inner) not in seen and len(way) < 5:
+            seen.add(id(inner))
+            yield way, {str(name): value for name, value in inner.items()}
+            queue += [((*way, str(name)), value) for name, value in inner.items() if isinstance(value, dict)]
 
 
 def rank(names, which):
