@@ -139,15 +139,21 @@ def with_state(model, checkpoint, init):
 
 
 def find(path):
-    """The image files at a path: itself, or all in the folder and below. Raises ValueError if there are none."""
-    path = Path(path).expanduser()
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise ValueError(f"--images {path}: there is no such file or folder; give an image, or a folder of images")
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in image_folder.IMAGE_SUFFIXES)
+    """The image file at a path, or all in the folder and below. Raises ValueError if there is none."""
+    given = Path(path).expanduser()
+    if given.is_file():
+        return [str(given)]
+    if not given.is_dir():
+        raise ValueError(f"--images {path} is no file and no folder; give an image, or a folder of images")
+    try:
+        found, ignored = image_folder.find_images(given)
+    except OSError as error:
+        raise ValueError(f"--images {path}: {error.filename} can't be read ({error.strerror})") from None
+    left_out = ", ".join(f"{n:,} {reason}" for reason, n in ignored.most_common(6))
     if not found:
-        raise ValueError(f"--images {path}: no image in there; there may be {' '.join(image_folder.IMAGE_SUFFIXES)}")
+        raise ValueError(f"--images {path}: no image in there, only {left_out or 'nothing'}; give another folder")
+    if ignored:
+        print(f"{path}: {ignored.total():,} files are left out: {left_out}")
     return found
 
 
@@ -175,7 +181,7 @@ class Images:
             image = image_folder.read_image(path, size, None, None, crop_pct=crop_pct)
         except Exception as error:  # whatever a decoder raises for a broken file
             self.unreadable[path] = (str(error) or type(error).__name__).splitlines()[0]
-            tqdm.write(f"warning: skipped {printable(path)}: {self.unreadable[path]}", file=sys.stderr)
+            tqdm.write(f"warning: skipped {on_screen(path)}: {self.unreadable[path]}", file=sys.stderr)
             image = torch.zeros(3, *size, dtype=torch.uint8)
         if len(self.mean) == 1:  # by Pillow's integers: grey stays as it is
             image = (image.int() * torch.tensor([19595, 38470, 7471]).view(3, 1, 1)).sum(dim=0, keepdim=True)
@@ -230,8 +236,8 @@ def tell(config, model, dataset, out):
             cells = [cell for c, p in told for cell in (c, f"{p:.6g}")] or [""] * 2 * k
             table.writerow([name, *cells, images.unreadable.get(name, "")])
     for name, told in rows[:ROWS]:
-        told = " | ".join(f"{p:6.1%} {printable(c, 30)}" for c, p in told) or "  can't be read"
-        print(f"{printable(name):40}  {told}")
+        told = " | ".join(f"{p:6.1%} {on_screen(c, 30)}" for c, p in told) or "  can't be read"
+        print(f"{on_screen(name):40}  {told}")
     if len(rows) > ROWS:
         print(f"… and {len(rows) - ROWS:,} more")
     if len(images.unreadable) == len(rows):
@@ -251,10 +257,10 @@ def draw(config, model, dataset, out):
         how = config.img_size, config.alpha[1], config.seed, config.device, config.dtype
         plots.plot_masks(Path(folder), model, dataset, *how)
         Path(folder, "masks.png").replace(out / "predictions.png")
-    print(f"predict: {out / 'predictions.png'} shows, from the top, {', '.join(map(printable, images.paths))}")
+    print(f"predict: {out / 'predictions.png'} shows, from the top, {', '.join(map(on_screen, images.paths))}")
 
 
-def printable(text, width=40):
+def on_screen(text, width=40):
     """A name for the screen: nothing in it moves the cursor, and the middle of a long one is left out."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
     return text if len(text) <= width else f"{text[: width // 2 - 1]}…{text[-(width // 2) :]}"

@@ -212,7 +212,7 @@ def test_a_model_of_grey_images_sees_colours_as_pillow_makes_them_grey(size, tmp
 
 @pytest.mark.parametrize("name", ["photos", "fashion-mnist", "scenes", "scenes-many", "cifar10", "cifar100"])
 def test_mean_and_deviation_are_those_that_the_data_come_with(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "read_idx", lambda folder, name, header, shape: torch.zeros(10, *shape[1:]))
+    monkeypatch.setattr(data, "read_idx", lambda folder, name, header, shape, **_: torch.zeros(10, *shape[1:]))
     if name in CIFAR:
         (tmp_path / CIFAR[name]).write_bytes(archive(cifar_members(name)[0]))
     found = data.load(name, (16, 16), tmp_path)
@@ -332,7 +332,7 @@ def test_an_autoencoder_draws_what_it_masks(task, runs, monkeypatch, capsys):
     assert contents(runs) | before == contents(runs)
     assert contents(runs).keys() - before.keys() == {runs / task / "predictions.png"}
     out = capsys.readouterr().out
-    assert all(predict.printable(name) in out for name in shown)
+    assert all(predict.on_screen(name) in out for name in shown)
 
 
 # ---------------------------------------------------------------------------------------------
