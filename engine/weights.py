@@ -497,13 +497,10 @@ def load_state(model, state, source, said, grid=None, classes=None):
             raise ValueError(f"{source} does not fit: its {name} is not a tensor with {own[name].ndim} dimensions")
     if not own.keys() & state.keys():
         raise ValueError(f"{source} does not fit: it has nothing of this model, which starts with {next(iter(own))}")
-    if {"patch_embed.proj.weight", "norm.weight"} <= state.keys() and not {
-        "cls_token",
-        "fc_norm.weight",
-    } & state.keys():
-        if "decoder_embed.weight" not in own:  # an autoencoder puts all tokens through its norm, with or without
-            what = "no class token, and the mean over patches follows its last LayerNorm (as in Google's -gap-norep)"
-            raise ValueError(f"{source} does not fit: it has {what}; no ViT here computes that")
+    tokens = {"patch_embed.proj.weight", "norm.weight"} <= state.keys()  # of a ViT; the norm is that of all tokens
+    if tokens and not {"cls_token", "fc_norm.weight"} & state.keys() and "decoder_embed.weight" not in own:
+        what = "no class token, and the mean over patches follows its last LayerNorm (as in Google's -gap-norep)"
+        raise ValueError(f"{source} does not fit: it has {what}; no ViT here computes that")
     check_blocks(own, state, source)
 
     encoder = getattr(model, "encoder", model)
@@ -539,9 +536,11 @@ def check_blocks(own, state, source):
     Of what a block has here the file may lack a bias, if all its blocks lack it: it stays zero, which is the same.
     """
 
-    def stack_of(tensors, stack):  # number -> names in that block
-        names = [name.removeprefix(stack).partition(".") for name in tensors if name.startswith(stack)]
-        return {number: {part for n, _, part in names if n == number} for number, _, _ in names}
+    def stack_of(names, stack):  # number -> names in that block
+        out = {}
+        for number, _, part in (n.removeprefix(stack).partition(".") for n in names if n.startswith(stack)):
+            out.setdefault(number, set()).add(part)
+        return out
 
     stages = [f"{part}stages.{i}.blocks." for part in ("", "patch_embed.backbone.") for i in range(4)]
     for stack in ("blocks.", "decoder.blocks.", "loss_predictor.blocks.", *stages):
@@ -550,8 +549,7 @@ def check_blocks(own, state, source):
             continue
         part = stack.removesuffix("blocks.").replace(".", " ")
         if len(here) != len(there):
-            depths = f"its {part}depth is {len(there)} blocks, this model's {len(here)}"
-            raise ValueError(f"{source} does not fit: {depths}")
+            raise ValueError(f"{source} does not fit: its {part}depth is {len(there)} blocks, this model's {len(here)}")
         if here.keys() != there.keys():
             raise ValueError(f"{source} does not fit: its {part}blocks are {show(there)}; number them from 0")
         somewhere = set.union(*there.values())
@@ -635,9 +633,7 @@ def fit_positions(own, state, encoder, source, said, grid):
         there = find_grid(math.prod(encoder.grid), encoder.grid, given, source)
         if there != tuple(encoder.grid):
             grids = "{}x{}, not those of {}x{}".format(*there, *encoder.grid)
-            raise ValueError(
-                f"{source} has relative positions of a grid of {grids}; use the image size it was made for"
-            )
+            raise ValueError(f"{source} has relative positions of a grid of {grids}; use that of the file")
     return fitted, notes
 
 
@@ -734,7 +730,7 @@ def load_frozen(target, arch, img_size, source, in_chans=3):
     own = frozen.patch_embed.proj.weight
     for theirs in (value for name, value in state.items() if name.endswith("patch_embed.proj.weight")):
         for what, axis in (("width", 0), ("patch size", -1)):
-            if theirs.shape[axis] != own.shape[axis]:
+            if theirs.ndim == own.ndim and theirs.shape[axis] != own.shape[axis]:
                 raise ValueError(f"{source}: its {what} is {theirs.shape[axis]}, that of {arch} is {own.shape[axis]}")
     if lacking := [name for name in frozen.state_dict().keys() - state.keys() if not name.endswith("bias")]:
         raise ValueError(f"{source} does not fit: features need its {show(sorted(lacking))}, which is missing")
@@ -752,7 +748,8 @@ def clip_state(source):
     for name, value in theirs.items():
         check_tensor(value, name, source)
     state = {rename(name, CLIP): value.float() for name, value in theirs.items()}
-    if not {"proj", "cls_token", "pos_embed", "patch_embed.proj.weight"} <= state.keys():
+    dimensions = {"proj": 2, "cls_token": 1, "pos_embed": 2, "patch_embed.proj.weight": 4}
+    if any(name not in state or state[name].ndim != n for name, n in dimensions.items()):
         raise ValueError(f"{source} holds no visual tower of CLIP: no visual.conv1.weight, visual.proj and so on in it")
     state["cls_token"], state["pos_embed"] = state["cls_token"][None, None], state["pos_embed"][None]
     state["head.weight"] = state.pop("proj").T  # y @ proj, in their code

@@ -1418,6 +1418,12 @@ def test_a_frozen_model_without_one_of_its_parts_is_refused(missing, tiny, save)
         weights.load_frozen("dino", tiny, 12, save(state, "dino.pt"))
 
 
+def test_a_frozen_model_whose_first_layer_is_a_number_is_refused(tiny, save):
+    state = vit.create(tiny, 12, 0).state_dict() | {"patch_embed.proj.weight": torch.tensor(1.0)}
+    with pytest.raises(ValueError, match=r"dino.pt does not fit: its patch_embed.proj.weight"):
+        weights.load_frozen("dino", tiny, 12, save(state, "dino.pt"))
+
+
 def test_a_frozen_model_takes_images_of_one_channel(tiny, save):
     dino = oracles.filled(vit.create(tiny, 12, 0)).float()
     frozen, grey = weights.load_frozen("dino", tiny, 12, save(dino.state_dict(), "dino.pt"), 1), random(2, 1, 12, 12)
@@ -1439,7 +1445,8 @@ def test_frozen_weights_of_another_size_are_refused_with_both_sizes(target, what
 
 def test_a_file_without_a_visual_tower_is_refused(tiny, save):
     text = {name: value for name, value in clip_file().items() if not name.startswith("visual.")}
-    for state in (vit.create(tiny, 12, 0).state_dict(), text, {}):
+    flat = [clip_file() | {f"visual.{name}": torch.tensor(1.0)} for name in ("proj", "class_embedding", "conv1.weight")]
+    for state in (vit.create(tiny, 12, 0).state_dict(), text, {}, *flat):
         with pytest.raises(ValueError, match=r"text.pt holds no visual tower of CLIP"):
             weights.load_frozen("clip", tiny, 12, save(state, "text.pt"))
 
