@@ -276,25 +276,27 @@ def test_gradients_are_averaged_once_a_step(small, shallow):
     assert events == ["alone", "forward", "together"] * 3 + ["forward"]
 
 
-CLIPPED = {("supervised", "adamw"), ("supervised", "sgd"), ("finetune", "sgd")}
+CLIPPED = {("supervised", "adamw"): 1.0, ("supervised", "sgd"): 1.0, ("finetune", "sgd"): 1.0}
+CLIPPED |= {("hpm", "adamw"): 5.0, ("hpm", "sgd"): 5.0}
 
 
 @pytest.mark.parametrize("task", ["supervised", "finetune", "mpp", "mae", "hpm", "linear"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_the_gradient_is_clipped_where_the_vit_paper_clips(task, optimizer, steps_of, monkeypatch):
-    """ViT, table 3 and 4: to norm 1, in training from scratch and in its own fine-tuning. MAE and HPM do not clip, nor
-    does what follows them. Images are blown up, so that gradients are large."""
+def test_the_gradient_is_clipped_where_the_authors_clip(task, optimizer, steps_of, monkeypatch):
+    """ViT, table 3 and 4: to norm 1, in training from scratch and in its own fine-tuning. HPM's code: to norm 5
+    (util/misc.py, the default that its engine_pretrain.py leaves as it is), in pre-training alone; MAE's does not.
+    Images are blown up, so that gradients are large."""
     loud = small_photos()
     for split in loud.train, loud.test:
         split.std = (0.001,) * 3
     monkeypatch.setattr(data, "photos", lambda size: loud)
     torch.save(vit.create("vit_micro4", 16, 0).state_dict(), "init.pt")
-    init = "--init init.pt --mixup 0 --cutmix 0" if task in ("finetune", "linear") else ""
+    init = {"finetune": "--init init.pt --mixup 0 --cutmix 0", "linear": "--init init.pt"}.get(task, "")
     step = steps_of(f"{MICRO} --task {task} --optimizer {optimizer} {init}")[0]
     norm = math.sqrt(sum(g.double().square().sum().item() for g in step.gradients.values()))
-    assert step.metrics["grad_norm"] > 1.1
-    clipped = (task, optimizer) in CLIPPED
-    assert norm == pytest.approx(1.0 if clipped else step.metrics["grad_norm"], rel=1e-4)
+    largest = CLIPPED.get((task, optimizer))
+    assert step.metrics["grad_norm"] > 1.1 * (largest or 1.0)
+    assert norm == pytest.approx(largest or step.metrics["grad_norm"], rel=1e-4)
 
 
 def test_a_small_gradient_is_not_stretched_to_norm_1(small, shallow):
@@ -398,8 +400,9 @@ def test_crops_of_the_recipe_reach_the_batches(steps_of, monkeypatch):
     not. Every image is looked for among all that could be made so of all training images."""
 
     def images_of(name):
-        monkeypatch.setattr(data, "fashion_mnist", lambda path: small_photos()._replace(name=name))
-        return steps_of(f"{MICRO} --data fashion-mnist --batch-size 12 --out {name}")[0].images
+        monkeypatch.setattr(data, "fashion_mnist", lambda *_: small_photos()._replace(name=name))
+        monkeypatch.setattr(data, "cifar", lambda *_: small_photos()._replace(name=name))
+        return steps_of(f"{MICRO} --data {name} --batch-size 12 --out {name}")[0].images
 
     own = data.normalise(small_photos().train.images, *PLAIN)
     black = -2.0  # of 0, with these statistics
@@ -944,7 +947,8 @@ def test_a_run_folder_says_what_was_run_how_it_went_and_what_came_out(command, s
 
     config = json.loads(Path("run/config.json").read_text())
     assert (config["arch"], config["img_size"], config["steps"], config["seed"]) == ("vit_micro4", [16, 16], 3, 0)
-    assert config.keys() == OLD_CONFIG.keys() - {"out", "overwrite", "resume"}
+    newer = {"init_grid", "images", "workers", "teacher"}
+    assert config.keys() == (OLD_CONFIG.keys() | newer) - {"out", "overwrite", "resume"}
     lines = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert [line["epoch"] for line in lines] == pytest.approx([1 / 6, 2 / 6, 3 / 6])
@@ -1031,7 +1035,7 @@ def test_overwriting_leaves_no_result_of_the_old_run(finished, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "flag", ["--arch vit_ti16", "--lr 0.5", "--task mae", "--seed 3", "--img-size 32", "--alpha 0,1"]
+    "flag", ["--arch vit_ti16", "--lr 0.5", "--task mae", "--seed 3", "--img-size 32", "--decay linear"]
 )
 def test_a_run_is_not_resumed_as_another_one(flag, finished, capsys):
     """One line names the flag, what the run has, and what was given."""
@@ -1040,7 +1044,7 @@ def test_a_run_is_not_resumed_as_another_one(flag, finished, capsys):
     name, value = flag.split()
     error = one_line(capsys)
     assert f"leave {name} out" in error
-    assert f"not {value}" in error.replace("32,32", "32").replace("0.0,1.0", "0,1")
+    assert f"not {value}" in error.replace("32,32", "32").replace("32x32", "32")
     assert before == contents("run")
 
 
@@ -1126,7 +1130,8 @@ def test_a_few_unreadable_images_are_skipped_named_and_counted(task, shallow, no
     """One of 24 is 4 %."""
     write_images("pictures", broken=1, ant=12, cat=12)
     torch.save(vit.create("vit_micro4", 16, 2).state_dict(), "init.pt")
-    assert run(f"{MICRO} --steps 6 --task {task} --init init.pt --data folder:pictures --out run") == 0
+    steps = "" if task == "knn" else "--steps 6 --batch-size 4"
+    assert run(f"{STILL} {steps} --task {task} --init init.pt --data folder:pictures --out run") == 0
     out, err = capsys.readouterr()
     warnings = [line for line in err.splitlines() if "warning" in line]
     assert len(warnings) == 1
