@@ -10,6 +10,7 @@ test images were, and classes have the run's names.
 import csv
 import itertools
 import math
+import os
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -48,23 +49,27 @@ def run(config, out, build):
         raise ValueError("--task predict runs in one process; start it with python in place of torchrun")
     init = source(config.init)
     saved = weights.metadata(init)
-    trained = saved["config"] or {"task": "supervised", "data": None}  # else a file of weights alone
-    task, name = trained["task"], trained["data"]
+    trained, ours = saved["config"] or {}, {"task", "init", "arch", "data", "img_size"}
+    if not (is_run := ours <= trained.keys()):
+        trained = {"task": "supervised"}  # or whatever led to a classifier
+    task, name = trained["task"], config.data
     if task not in CLASSIFIERS + AUTOENCODERS:
         allowed = ", ".join(CLASSIFIERS + AUTOENCODERS)
         raise ValueError(f"{init} is of --task {task}, which trains no classifier; give a run of {allowed}")
     mean, std = STATISTICS.get(name, (data.IMAGENET_MEAN, data.IMAGENET_STD))
     if config.pixels == "half":
         mean = std = (0.5,) * len(mean)
-    dataset = data.Dataset(name, saved["classes"], mean, std, None, Images(find(config.images), mean, std, name))
-    dataset.test.workers = dataset.test.workers if config.workers is None else max(1, config.workers)
+    whole = name in data.NATIVE_SIZE or (name == "photos" and is_run)  # else the middle, as with ImageNet
+    workers = image_folder.workers() if config.workers is None else max(1, config.workers)
+    images = Images(find(config.images), mean, std, data.NATIVE_SIZE.get(name), whole, workers)
+    dataset = data.Dataset(name, saved["classes"], mean, std, None, images)
     if task in AUTOENCODERS:
         model = with_state(build(task, dataset), weights.content_of(init)[0], init)
     else:
         dataset, model = load_classifier(config, init, trained, dataset, build)
     out = writable(out or (init.parent if Path(config.init).expanduser().exists() else "."))
     how = "x".join(map(str, config.img_size)), config.device, config.dtype
-    print(f"predict: {config.arch} of {init}, {len(dataset.test):,} images brought to {', '.join(how)}")
+    print(f"predict: {config.arch} of {init}, {many(images)} brought to {', '.join(how)}")
     if len(mean) == 1:
         print(f"colours become grey: {name} has one channel")
     (draw if task in AUTOENCODERS else tell)(config, model.to(config.device), dataset, out)
@@ -88,8 +93,8 @@ def writable(out):
 
 def source(init):
     """The file that --init means: of a run's folder its last.pt, of a URL the kept copy. Raises ValueError."""
-    path = Path(init).expanduser()
-    return path / "last.pt" if path.is_dir() else weights.local(path if path.exists() else init)
+    init = os.path.expanduser(init)
+    return weights.local(os.path.join(init, "last.pt") if os.path.isdir(init) else init)
 
 
 def load_classifier(config, init, trained, dataset, build):
@@ -140,13 +145,12 @@ def with_state(model, checkpoint, init):
 
 def find(path):
     """The image file at a path, or all in the folder and below. Raises ValueError if there is none."""
-    given = Path(path).expanduser()
-    if given.is_file():
-        return [str(given)]
-    if not given.is_dir():
+    if os.path.isfile(path):
+        return [path]
+    if not os.path.isdir(path):
         raise ValueError(f"--images {path} is no file and no folder; give an image, or a folder of images")
     try:
-        found, ignored = image_folder.find_images(given)
+        found, ignored = image_folder.find_images(path)
     except OSError as error:
         raise ValueError(f"--images {path}: {error.filename} can't be read ({error.strerror})") from None
     left_out = ", ".join(f"{n:,} {reason}" for reason, n in ignored.most_common(6))
@@ -158,18 +162,16 @@ def find(path):
 
 
 class Images:
-    """Image files as a split of a `data.Dataset`: each is cut and resized as a test image of the data called `name`.
+    """Image files as a split of a `data.Dataset`, prepared as test images are.
 
-    mean, std: as of `data.InMemory`; for one channel, colours become grey. A file that can't be decoded is black, has
-    the label -1 in place of 0, and `unreadable` says why.
+    mean, std: as of `data.InMemory`; for one channel, colours become grey. side: of images that come in one size,
+    before they are resized, or None. whole: not the middle alone. workers: threads, which start at once; Pillow lets go
+    of Python's lock. A file that can't be decoded is black, has the label -1 in place of 0, and `unreadable` says why.
     """
 
-    def __init__(self, paths, mean, std, name):
-        self.paths, self.mean, self.std, self.unreadable = paths, mean, std, {}
-        self.workers = image_folder.workers()  # threads: they start at once, and Pillow lets go of Python's lock
-        self.side = data.NATIVE_SIZE.get(name)
-        # The middle, for folder: and public models, for whom it is ImageNet's custom; else the whole image.
-        self.whole = name is not None and not name.startswith("folder:")
+    def __init__(self, paths, mean, std, side=None, whole=False, workers=1):
+        self.paths, self.mean, self.std, self.side, self.whole = paths, mean, std, side, whole
+        self.workers, self.unreadable = workers, {}
 
     def __len__(self):
         return len(self.paths)
@@ -189,7 +191,7 @@ class Images:
         return image
 
     def test_batches(self, size, batch_size, device, shard=slice(None)):
-        """As of `data.InMemory`. Images come in the size that the data have, if it is one, before they are resized."""
+        """As of `data.InMemory`."""
         paths, own = self.paths[shard], (self.side, self.side) if self.side else size
         with ThreadPoolExecutor(self.workers) as pool:
             for some in (paths[i : i + batch_size] for i in range(0, len(paths), batch_size)):
@@ -237,27 +239,31 @@ def tell(config, model, dataset, out):
             table.writerow([name, *cells, images.unreadable.get(name, "")])
     for name, told in rows[:ROWS]:
         told = " | ".join(f"{p:6.1%} {on_screen(c, 30)}" for c, p in told) or "  can't be read"
-        print(f"{on_screen(name):40}  {told}")
+        print(f"{on_screen(name.removeprefix(os.path.join(config.images, ''))):40}  {told}")
     if len(rows) > ROWS:
         print(f"… and {len(rows) - ROWS:,} more")
     if len(images.unreadable) == len(rows):
-        raise ValueError(f"none of {len(rows):,} images can be read; {path} says why")
+        raise ValueError(f"of {many(images)} none can be read; {path} says why")
     unreadable = f", {len(images.unreadable):,} of which can't be read" * bool(images.unreadable)
-    print(f"predict: {len(rows):,} images{unreadable}; all in {path}")
+    print(f"predict: {many(images)}{unreadable}; all in {path}")
 
 
 def draw(config, model, dataset, out):
     """Write predictions.png: `plots.plot_masks` of the first images that can be read, with the masks of a run's end."""
-    images = dataset.test
+    images, given = dataset.test, many(dataset.test)
     readable = (p for p in images.paths if images.read(p, config.img_size) is not None and p not in images.unreadable)
     images.paths = list(itertools.islice(readable, PICTURES))
     if not images.paths:
-        raise ValueError(f"none of {len(images.unreadable):,} images can be read")
+        raise ValueError(f"of {given} none can be read")
     with tempfile.TemporaryDirectory(dir=out) as folder:  # masks.png in `out` is the run's own
         how = config.img_size, config.alpha[1], config.seed, config.device, config.dtype
         plots.plot_masks(Path(folder), model, dataset, *how)
         Path(folder, "masks.png").replace(out / "predictions.png")
     print(f"predict: {out / 'predictions.png'} shows, from the top, {', '.join(map(on_screen, images.paths))}")
+
+
+def many(images):
+    return f"{len(images):,} image{'s' * (len(images) != 1)}"
 
 
 def on_screen(text, width=40):
