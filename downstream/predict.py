@@ -9,7 +9,6 @@ test images were, and classes have the run's names.
 
 import csv
 import itertools
-import math
 import os
 import sys
 import tempfile
@@ -26,7 +25,6 @@ from engine.config import AUTOENCODERS
 
 CLASSIFIERS = ("supervised", "finetune", "linear")
 TOP, ROWS, PICTURES = 5, 20, 6  # classes of an image; images on the screen, and in the picture
-BATCH = 64  # images at a time, without --micro-batch
 STATISTICS = {  # mean and std, as `data.load` gives them; all other data have ImageNet's
     "fashion-mnist": ((0.2860,), (0.3530,)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -50,9 +48,8 @@ def run(config, out, build):
     init = source(config.init)
     saved = weights.metadata(init)
     trained, ours = saved["config"] or {}, {"task", "init", "arch", "data", "img_size"}
-    if not (is_run := ours <= trained.keys()):
-        trained = {"task": "supervised"}  # or whatever led to a classifier
-    task, name = trained["task"], config.data
+    is_run = ours <= trained.keys()  # else a file of weights alone, or another program's
+    task, name = trained["task"] if is_run else "supervised", config.data
     if task not in CLASSIFIERS + AUTOENCODERS:
         allowed = ", ".join(CLASSIFIERS + AUTOENCODERS)
         raise ValueError(f"{init} is of --task {task}, which trains no classifier; give a run of {allowed}")
@@ -66,8 +63,9 @@ def run(config, out, build):
     if task in AUTOENCODERS:
         model = with_state(build(task, dataset), weights.content_of(init)[0], init)
     else:
-        dataset, model = load_classifier(config, init, trained, dataset, build)
-    out = writable(out or (init.parent if Path(config.init).expanduser().exists() else "."))
+        dataset, model = load_classifier(config, init, task == "linear" and trained, dataset, build)
+    torch.set_float32_matmul_precision("high")  # as in training
+    out = writable(out or (init.parent if Path(config.init).exists() else "."))
     how = "x".join(map(str, config.img_size)), config.device, config.dtype
     print(f"predict: {config.arch} of {init}, {many(images)} brought to {', '.join(how)}")
     if len(mean) == 1:
@@ -97,12 +95,12 @@ def source(init):
     return weights.local(os.path.join(init, "last.pt") if os.path.isdir(init) else init)
 
 
-def load_classifier(config, init, trained, dataset, build):
-    """The data with the names of its classes, and a model images -> logits. trained: the config of the run.
+def load_classifier(config, init, probed, dataset, build):
+    """The data with the names of its classes, and a model images -> logits. probed: the config of a linear probe.
 
     Raises ValueError for weights without a classifier, or without a part of the model: it would be another function.
     """
-    probe = weights.content_of(init)[0] if trained["task"] == "linear" else None
+    probe = weights.content_of(init)[0] if probed else None
     head = (probe["model"] if probe else weights.read(init)).get("head.weight")
     if head is None:
         raise ValueError(f"{init} has no classifier; train one with --task finetune or linear, and give that run")
@@ -111,15 +109,15 @@ def load_classifier(config, init, trained, dataset, build):
         dataset = dataset._replace(classes=[str(i) for i in range(len(head))])
     if len(dataset.classes) != len(head):
         raise ValueError(f"{init} names {len(dataset.classes)} classes, and its head has {len(head)}; it is damaged")
-    if probe:  # its encoder is in the file that it was trained on
+    if probed:  # its encoder is in the file that it was trained on
         encoder = build("linear", dataset)
         try:
-            start = source(trained["init"])
+            start = source(probed["init"])
             if probe.get("init_digest") not in (None, weights.digest(start)):
                 raise ValueError("it has changed since")
-            weights.load(encoder, start, grid=trained.get("init_grid"))
+            weights.load(encoder, start, grid=probed.get("init_grid"))
         except ValueError as error:
-            raise ValueError(f"{init} is a linear probe of {trained['init']}: {error}") from None
+            raise ValueError(f"{init} is a linear probe of {probed['init']}: {error}") from None
         return dataset, with_state(probes.LinearProbe(encoder, encoder.dim, len(head)), probe, init)
     model = build("supervised", dataset)
     for note in weights.load(model, init, grid=config.init_grid):
@@ -213,7 +211,7 @@ def tell(config, model, dataset, out):
     images, top, done = dataset.test, [], 0
     bar = tqdm(total=len(images), unit="image", dynamic_ncols=True, disable=None)
     with bar, probes.evaluating(model):
-        for batch, _ in images.test_batches(config.img_size, config.micro_batch or BATCH, torch.device(config.device)):
+        for batch, _ in images.test_batches(config.img_size, config.micro_batch, torch.device(config.device)):
             with probes.autocast(config.device, config.dtype):
                 logits = model(batch).float()  # (b, classes)
             top.append(logits.softmax(dim=1).topk(min(TOP, len(dataset.classes))))  # (b, k) each
@@ -221,14 +219,14 @@ def tell(config, model, dataset, out):
             done += len(batch)
             if bar.disable and 10 * done // len(images) > 10 * (done - len(batch)) // len(images):
                 print(f"{done:,} of {len(images):,} images", file=sys.stderr)
-    shares, labels = (torch.cat(part).tolist() for part in zip(*top, strict=True))  # n lists of k
-    if not all(map(math.isfinite, itertools.chain(*shares))):
+    shares, labels = (torch.cat(part).cpu() for part in zip(*top, strict=True))  # (n, k) each
+    if not shares.isfinite().all():
         raise ValueError("the probabilities are not finite: something went wrong in this model's training")
     rows = [
         (path, [] if path in images.unreadable else [(dataset.classes[c], p) for c, p in zip(*pair, strict=True)])
-        for path, *pair in zip(images.paths, labels, shares, strict=True)
+        for path, *pair in zip(images.paths, labels.tolist(), shares.tolist(), strict=True)
     ]
-    k, path = len(labels[0]), out / "predictions.csv"
+    k, path = labels.shape[1], out / "predictions.csv"
     # Spreadsheets take UTF-8 for what it is by the mark that utf-8-sig begins with.
     with files.whole(path) as part, open(part, "w", newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         table = csv.writer(file)
