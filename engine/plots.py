@@ -19,6 +19,8 @@ CURVES = {  # axis: what is drawn there, training first
         ("correlation", "training"),
         ("test_correlation", "test, random masks"),
     ),
+    "ROC AUC of the teacher's prediction for objects (0.5: chance)": (("test_object_auc", "test"),),
+    "loss with hard masks over that with random ones": (("test_hard_ratio", "test"),),
 }
 COLORS = ("#0072B2", "#D55E00")  # told apart by the colour-blind, too
 
@@ -26,10 +28,12 @@ COLORS = ("#0072B2", "#D55E00")  # told apart by the colour-blind, too
 def plot_curves(out):
     """Draw log.jsonl of the run folder `out` into curves.png: every value at its step."""
     log = checkpoint.read_log(out)
-    titles = list(CURVES)[2:] if "rec" in log[-1] else list(CURVES)[:2]
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    for axes, title in zip(figure.subplots(1, 2), titles, strict=True):
-        for (name, label), color in zip(CURVES[title], COLORS, strict=True):
+    titles = list(CURVES)[2:4] if "rec" in log[-1] else list(CURVES)[:2]
+    if any("test_object_auc" in line for line in log):
+        titles = list(CURVES)[2:]
+    figure = Figure(figsize=(5 * len(titles), 3.6), layout="constrained")
+    for axes, title in zip(figure.subplots(1, len(titles)), titles, strict=True):
+        for (name, label), color in zip(CURVES[title], COLORS, strict=False):
             points = [(line["step"], line[name]) for line in log if name in line]
             if points:
                 axes.plot(*zip(*points, strict=True), ".-" if len(points) < 30 else "-", color=color, label=label)

@@ -15,7 +15,7 @@ import data
 import hpm
 import vit
 from downstream import probes
-from engine import distributed
+from engine import distributed, scenes
 from engine.image_folder import UnreadableImages
 from related import mpp
 from tests.engine.runs import PLAIN
@@ -178,6 +178,112 @@ def test_masked_patch_prediction_is_evaluated_on_the_same_corruption():
         alone = [exact(images[i : i + 1], noise[i : i + 1])["rec"].item() for i in range(7)]
     for score in scores:
         assert score == {"test_rec": pytest.approx(np.mean(alone), rel=1e-5)}
+
+
+def scenes_of(n, seed=1):
+    """n scenes of 24 pixels made of scenes of 64: white items before dim noise, patches of 4 x 4 are 36."""
+    items = torch.zeros(n, 28, 28, dtype=torch.uint8)
+    items[:, 4:24, 6:22] = 255
+    noise = torch.randint(100, (1, 3, 64, 64), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return scenes.Scenes(items, torch.arange(n) % 10, noise, torch.tensor([[64, 64]]), *PLAIN, canvas=64)
+
+
+def auc_loops(score, positive):
+    """Over all pairs of a positive and another: how often the positive has the larger score; a tie counts half."""
+    wins = pairs = 0
+    for a, is_positive in zip(score, positive, strict=True):
+        for b, other in zip(score, positive, strict=True):
+            if is_positive and not other:
+                pairs += 1
+                wins += 1 if a > b else 0.5 if a == b else 0
+    return wins / pairs if pairs else math.nan
+
+
+@pytest.mark.parametrize("values", [3, 1000])
+def test_the_area_under_the_roc_curve_counts_pairs(values):
+    """Few values: many ties. No patch with the object, or nothing else: there is no pair, and no answer."""
+    generator = torch.Generator().manual_seed(0)
+    score = torch.randint(values, (9, 20), generator=generator).float()
+    covered = torch.rand(9, 20, generator=generator) < torch.linspace(0, 1, 9)[:, None]
+    oracle = [auc_loops(a, b) for a, b in zip(score.tolist(), covered.tolist(), strict=True)]
+    assert math.isnan(oracle[0])
+    assert math.isnan(oracle[-1])
+    np.testing.assert_allclose(probes.object_auc(score, covered), oracle, rtol=0, atol=1e-6)
+    assert probes.object_auc(covered[4:5].float(), covered[4:5]).item() == 1
+    assert probes.object_auc(-covered[4:5].float(), covered[4:5]).item() == 0
+
+
+def test_a_patch_has_the_object_if_that_covers_a_quarter_of_it():
+    """Exactly a quarter is enough; two items that share a patch count together."""
+    masks = torch.zeros(1, 2, 8, 12, dtype=torch.bool)  # 2 x 3 patches of 4 x 4
+    masks[0, 0, 0, :4] = True  # 4 of 16
+    masks[0, 0, 0, 4:7] = True  # 3 of 16
+    masks[0, 0, 1, 8:10], masks[0, 1, 2, 8:10] = True, True  # 2 and 2
+    masks[0, 1, 4:, :4] = True
+    objects = scenes.Objects(None, masks, None)
+    assert probes.patches_with_objects(objects, 4).tolist() == [[True, False, True, True, False, False]]
+
+
+@pytest.mark.parametrize("batch_size", [3, 100])
+@pytest.mark.parametrize("teacher", ["whole", "in-turn"])
+def test_where_objects_are_known_the_teacher_is_scored_by_them(teacher, batch_size):
+    """Oracle: one image at a time, in float64. Its masks have half of the hidden patches from the teacher, and the rest
+    by the same noise as the random ones; asked in turn, it splits by numbers of their own."""
+    torch.manual_seed(0)
+    model = hpm.create("vit_micro4", 24, decoder=(32, 1, 2), teacher=teacher)
+    nn.init.normal_(model.teacher.loss_predictor.pred.weight)  # opinions that rounding does not change
+    split = scenes_of(7)
+    scores = probes.evaluate_pretraining(model, split, (24, 24), batch_size, "cpu", seed=5)
+    noise = data.evaluation_noise(7, 36, 5, columns=2)
+    model, rec, hard, auc = model.double().eval(), [], [], []
+    images, _, objects = next(split.test_batches((24, 24), 7, "cpu", objects=True))
+    for i, image in enumerate(images.double().split(1)):
+        asked, first = noise[i : i + 1] if teacher == "in-turn" else None, noise[i : i + 1, :, 0]
+        with torch.no_grad():
+            predicted, _ = model.ask_teacher(image, asked)
+            easy = hpm.random_mask(first, 0.75)
+            rec.append(model(image, None, mask=easy)["rec"].item())
+            chosen = sorted(range(36), key=lambda j: -predicted[0, j])[:13]  # half of 27 hidden ones
+            others = sorted(set(range(36)) - set(chosen), key=lambda j: -first[0, j])[:14]
+            mask = torch.zeros(1, 36, dtype=torch.bool)
+            mask[0, chosen + others] = True
+            hard.append(model(image, None, mask=mask)["rec"].item())
+        covered = objects.masks[i, 0].reshape(6, 4, 6, 4).double().mean(dim=(1, 3)).flatten() >= 0.25
+        auc.append(auc_loops(predicted[0].tolist(), covered.tolist()))
+    assert scores.keys() == {"test_rec", "test_correlation", "test_object_auc", "test_hard_ratio"}
+    assert scores["test_rec"] == pytest.approx(np.mean(rec), rel=1e-5)
+    assert scores["test_hard_ratio"] == pytest.approx(np.mean(hard) / np.mean(rec), rel=1e-5)
+    assert scores["test_object_auc"] == pytest.approx(np.mean(auc), abs=1e-5)
+
+
+def test_the_masks_of_all_teachers_are_compared_with_the_same_random_ones():
+    """Whole or in turn, and of a masked autoencoder: the column of numbers that splits does not move the others."""
+    seen = []
+    for options in ({"teacher": "whole"}, {"teacher": "in-turn"}, {"mask": "random", "predictor": "none"}):
+        model = hpm.create("vit_micro4", 24, decoder=(32, 1, 2), **options)
+        model.register_forward_hook(lambda module, given, out: seen.append(out["mask"]))
+        probes.evaluate_pretraining(model, scenes_of(4), (24, 24), 4, "cpu", seed=5)
+    assert len(seen) == 5
+    assert torch.equal(seen[0], seen[2])
+    assert torch.equal(seen[0], seen[4])
+
+
+@pytest.mark.parametrize(
+    ("options", "split"),
+    [
+        ({"mask": "random", "predictor": "none"}, scenes_of(3)),
+        ({"mask": "random", "predictor": "none", "target": "ema"}, scenes_of(3)),
+        ({"mask": "random"}, scenes_of(3)),
+        ({}, split_of(3, [0, 1, 2], 24)),
+        ({"teacher": "in-turn"}, split_of(3, [0, 1, 2], 24)),
+    ],
+)
+def test_nobody_is_asked_for_objects_without_a_teacher_or_the_truth(options, split):
+    """A masked autoencoder, a teacher that predicts no loss, a student alone; data that does not know its objects."""
+    model = hpm.create("vit_micro4", 24, decoder=(32, 1, 2), **options)
+    scores = probes.evaluate_pretraining(model, split, (24, 24), 4, "cpu")
+    assert scores.keys() <= {"test_rec", "test_correlation"}
+    assert scores["test_rec"] > 0
 
 
 class Shards(nn.Module):
