@@ -59,20 +59,20 @@ def epoch_order(n, seed, epoch):
     return torch.randperm(n, generator=generator(seed, ORDER, epoch))
 
 
-def batch_indices(n, batch_size, step, seed):
-    """Which of n images step `step` sees: (batch_size,) int64.
+def batch_indices(n, batch_size, step, seed, more=0):
+    """Which of n images step `step` sees, and `more` that come after them: (batch_size + more,) int64.
 
     The orders of the epochs follow each other without a gap: every image comes once an epoch, and
     a batch may be larger than the set.
     """
-    first, end = step * batch_size, (step + 1) * batch_size
+    first, end = step * batch_size, (step + 1) * batch_size + more
     orders = [epoch_order(n, seed, epoch) for epoch in range(first // n, (end - 1) // n + 1)]
-    return torch.cat(orders)[first % n :][:batch_size]
+    return torch.cat(orders)[first % n :][: end - first]
 
 
 def draw_crops(batch_size, seed, step):
-    """Uniform numbers in [0, 1) for the crops of a step, five for each image: (batch_size, 5)."""
-    return torch.rand(batch_size, 5, generator=generator(seed, CROP, step))
+    """Uniform numbers in [0, 1) for the crops of a step, flip and box of each image: (batch_size, 1 + augment.BOX)."""
+    return torch.rand(batch_size, 1 + augment.BOX, generator=generator(seed, CROP, step))
 
 
 def draw_noise(batch_size, N, columns, seed, step, device):
@@ -144,8 +144,9 @@ class InMemory:
     def train_batches(self, size, batch_size, steps, seed, crop, device, shard=slice(None)):
         """Yield images (b, C, H, W) float and labels (b,) for each step of the range `steps`.
 
-        size = (H, W). crop: a number, the pad of `augment.padded_crop`; a pair, the scale of `augment.crop_box`; or
-        None: the images as they are. shard: the slice of each batch that this process wants.
+        size = (H, W); of images of another shape the largest middle part is taken, also in `test_batches`. crop: a
+        number, the pad of `augment.padded_crop`; a pair, the scale of `augment.crop_box`; or None: the images as they
+        are. shard: the slice of each batch that this process wants.
         """
         self.to(device)
         for step in steps:
@@ -209,7 +210,7 @@ class Photographs:
             yield normalise(images, self.mean, self.std), labels
 
     def test_batches(self, size, batch_size, device, shard=slice(None)):
-        """As of `InMemory`: every sample is its whole photograph, squeezed into size."""
+        """As of `InMemory`: every sample is its whole photograph."""
         self.to(device)
         for labels in self.labels[shard].split(batch_size):
             images = augment.resize(self.images[labels], self.sizes[labels].T, size)
@@ -237,7 +238,7 @@ class Features:
 
 
 def resize(images, size):
-    """Images (B, C, H, W) of size = (H', W'); as they are, uint8, if they have it."""
+    """Images (B, C, H, W), or their middle, in size = (H', W'); as they are, uint8, if they have it."""
     return images if size == images.shape[-2:] else augment.resize(images, images.shape[-2:], size)
 
 
@@ -251,7 +252,7 @@ def augment_batch(images, labels, classes, erasing, mixup, cutmix, seed, step, b
     device = images.device
     if erasing:
         options = dict(generator=generator(seed, ERASE, step, device=device), device=device)
-        draw = torch.rand(5, batch_size, **options)[:, shard].T  # (b, 5)
+        draw = torch.rand(1 + augment.BOX, batch_size, **options)[:, shard].T  # (b, 1 + BOX)
         noise = torch.randn(batch_size, *images.shape[1:], **options)[shard]
         images = augment.erase(images, draw, noise, erasing)
     if not mixup and not cutmix:
@@ -350,8 +351,8 @@ def load(name, size=(224, 224), data_dir=None):
 def photos(size=(224, 224)):
     """Sixteen photographs: a sample is a crop, its class is the photograph.
 
-    All are at least as wide as high. Training crops come from the left two thirds; the test crops,
-    four squares to each photograph, from the right third, which training never sees.
+    All are at least as wide as high. Training crops come from the left two thirds; the test crops, of the shape of
+    `size` and four to each photograph, from the right third, which training never sees.
     """
     folder = Path(importlib.util.find_spec("skimage").submodule_search_locations[0], "data")
     train, test = [], []
@@ -359,9 +360,11 @@ def photos(size=(224, 224)):
         with Image.open(folder / name) as image:
             image = image.convert("RGB")
         cut = image.width * 2 // 3
-        side = image.width - cut
-        for top in np.linspace(0, image.height - side, 4):
-            box = (cut, top, image.width, top + side)
+        h = min(image.height, (image.width - cut) * size[0] / size[1])
+        w = h * size[1] / size[0]
+        left = (cut + image.width - w) / 2
+        for top in np.linspace(0, image.height - h, 4):
+            box = (left, top, left + w, top + h)
             test.append(np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC, box)))
         image = image.crop((0, 0, cut, image.height))
         shrink = max(1.0, min(image.size) / (1.5 * min(size)))  # a mild one is left to `crop_and_resize`
@@ -383,13 +386,13 @@ def fashion_mnist(folder):
     splits = []
     for split, n in (("train", 60_000), ("t10k", 10_000)):
         images = read_idx(folder, f"{split}-images-idx3-ubyte.gz", 16, (n, 1, 28, 28))
-        labels = read_idx(folder, f"{split}-labels-idx1-ubyte.gz", 8, (n,))
+        labels = read_idx(folder, f"{split}-labels-idx1-ubyte.gz", 8, (n,), largest=9)
         splits.append(InMemory(images, labels.long(), *statistics))
     return Dataset("fashion-mnist", FASHION_MNIST, *statistics, *splits)
 
 
-def read_idx(folder, name, header, shape):
-    """The values of a gzipped IDX file (MNIST's format: a header, then unsigned bytes)."""
+def read_idx(folder, name, header, shape, largest=255):
+    """The values of a gzipped IDX file (MNIST's format: a header, then unsigned bytes), none above `largest`."""
     path = fetch(folder, name, FASHION_MNIST_URL, FASHION_MNIST_MD5)
     size = header + math.prod(shape)
     try:
@@ -398,6 +401,7 @@ def read_idx(folder, name, header, shape):
         if len(values) != size:
             raise ValueError(f"it unpacks to {'more' if len(values) > size else len(values)} bytes, not to {size}")
         values = values[header:]
+        check_range(values, largest)
         return torch.from_numpy(values.reshape(shape).copy())
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it and run again") from None
@@ -417,6 +421,7 @@ def cifar(name, data_dir):
         archive, base, label_bytes, names = "cifar-100-binary.tar.gz", "cifar-100-binary", 2, "fine_label_names.txt"
         train, test = ["train.bin"], ["test.bin"]
         statistics = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+    n = 10 if name == "cifar10" else 100
     path = fetch(data_dir, archive, CIFAR_URL, CIFAR_MD5)
     try:
         with tarfile.open(path, "r:gz") as tar:  # members are read, never unpacked to disk
@@ -425,15 +430,26 @@ def cifar(name, data_dir):
                 if m.size > 160_000_000:  # CIFAR-100's largest has 153,700,000 bytes
                     raise ValueError(f"{m.name} claims {m.size:,} bytes")
             read = {name: tar.extractfile(m).read() for name, m in members.items()}
-        splits = []
+        classes, splits = read[names].decode().split(), []
+        if len(classes) != n:
+            raise ValueError(f"{names} names {len(classes)} classes, not {n}")
         for files in (train, test):
             values = np.frombuffer(b"".join(read[f] for f in files), np.uint8).reshape(-1, label_bytes + 3072)
             images, labels = values[:, label_bytes:].reshape(-1, 3, 32, 32), values[:, label_bytes - 1]
+            check_range(labels, n - 1)
             splits.append(InMemory(torch.tensor(images), torch.tensor(labels).long(), *statistics))
     except (OSError, EOFError, zlib.error, ValueError, KeyError, tarfile.TarError, AttributeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is damaged ({reason}); delete it and run again") from None
-    return Dataset(name, read[names].decode().split(), *statistics, *splits)
+    return Dataset(name, classes, *statistics, *splits)
+
+
+def check_range(values, largest):
+    """Raise ValueError unless there are values, none of them above `largest`."""
+    if not len(values):
+        raise ValueError("it has no image")
+    if values.max() > largest:
+        raise ValueError(f"it has the label {values.max()}, and classes go from 0 to {largest}")
 
 
 def fetch(folder, name, url, md5):

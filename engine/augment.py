@@ -15,32 +15,65 @@ from torch.nn import functional as F
 def padded_crop(images, draw, pad):
     """Shift each image by up to `pad` pixels each way, zeros outside; flip half of them.
 
-    images (B, C, H, W) uint8, draw (B, 3 or more) uniform in [0, 1): top, left, flip -> (B, C, H, W) uint8.
+    images (B, C, H, W) uint8, draw (B, 3 or more) uniform in [0, 1): flip, top, left -> (B, C, H, W) uint8.
     """
     B, C, H, W = images.shape
-    top, left = (draw[:, :2] * (2 * pad + 1)).long().T  # (B) each
+    top, left = (draw[:, 1:3] * (2 * pad + 1)).long().T  # (B) each
     rows = top[:, None] + torch.arange(H, device=images.device)  # (B, H)
     columns = left[:, None] + torch.arange(W, device=images.device)  # (B, W)
-    columns = torch.where(draw[:, 2:3] < 0.5, columns.flip(1), columns)
+    columns = torch.where(draw[:, :1] < 0.5, columns.flip(1), columns)
     padded = F.pad(images, (pad, pad, pad, pad))
     which = torch.arange(B, device=images.device)[:, None, None]
     channels = [padded[:, c][which, rows[:, :, None], columns[:, None, :]] for c in range(C)]  # (B, H, W) each
     return torch.stack(channels, dim=1)
 
 
-def crop_box(height, width, draw, scale, ratio=(3 / 4, 4 / 3)):
-    """The box of the random resized crop (Szegedy et al. 2015): top, left, h, w, in pixels and their fractions.
+TRIES = 10  # at a box that fits, as torchvision and timm make them
+BOX = 2 + 2 * TRIES  # random numbers that a box takes: top, left, the areas of all tries, and their aspects
 
-    height, width: of the image, numbers or (B,); draw (..., 4) uniform in [0, 1) -> (...) each. The share of the area
-    is uniform in `scale`, log(w / h) uniform in log `ratio`, the place uniform; a side that does not fit is cut to
-    the image's.
+
+def first_fit(draw, area, ratio, height, width):
+    """The first of ten random boxes that is no larger than height x width: h, w, and whether there is one.
+
+    draw (..., BOX) uniform in [0, 1). Areas are uniform in area = (low, high), log(w / h) in log `ratio`; sides are
+    rounded to whole pixels. Numbers or (..., 1) -> (...) each.
     """
-    area, aspect, top, left = draw.unbind(-1)
-    area = height * width * (scale[0] + area * (scale[1] - scale[0]))
-    aspect = ratio[0] ** (1 - aspect) * ratio[1] ** aspect  # w / h
-    h = (area / aspect).sqrt().clamp(max=height)
-    w = (area * aspect).sqrt().clamp(max=width)
-    return top * (height - h), left * (width - w), h, w
+    areas, aspects = draw[..., 2:].chunk(2, dim=-1)  # (..., TRIES)
+    areas = area[0] + areas * (area[1] - area[0])
+    aspects = ratio[0] ** (1 - aspects) * ratio[1] ** aspects  # w / h
+    h, w = (areas / aspects).sqrt().round(), (areas * aspects).sqrt().round()
+    fits = (h >= 1) & (h <= height) & (w >= 1) & (w <= width)
+    first = fits.int().argmax(dim=-1, keepdim=True)  # (..., 1), 0 if none does
+    return (values.gather(-1, first)[..., 0] for values in (h, w, fits))
+
+
+def crop_box(height, width, draw, scale, aspect=1.0):
+    """The box of the random resized crop (Szegedy et al. 2015): top, left, h, w, in whole pixels.
+
+    height, width: of the image, numbers or (B,); draw (..., BOX) uniform in [0, 1) -> (...) each. The share of the
+    area is uniform in `scale`, log(w / h) in log(3/4 to 4/3) around that of `aspect`, w / h of what the box is resized
+    to; the place is uniform. A box that does not fit is drawn again, ten times; then it is the largest in the middle
+    with such an aspect.
+    """
+    zero = torch.zeros_like(draw[..., :1])
+    height, width = ((zero[..., 0] + side)[..., None] for side in (height, width))  # (..., 1)
+    area, ratio = height * width, (3 / 4 * aspect, 4 / 3 * aspect)
+    h, w, fits = first_fit(draw, (scale[0] * area, scale[1] * area), ratio, height, width)
+    height, width = height[..., 0], width[..., 0]
+    h = torch.where(fits, h, torch.minimum(height, width / ratio[0]).round().clamp(min=1))
+    w = torch.where(fits, w, torch.minimum(width, height * ratio[1]).round().clamp(min=1))
+    top = torch.where(fits, draw[..., 0] * (height - h + 1), (height - h) / 2).floor()
+    left = torch.where(fits, draw[..., 1] * (width - w + 1), (width - w) / 2).floor()
+    return top, left, h, w
+
+
+def middle_box(height, width, aspect):
+    """The largest box in the middle of an image with w / h = aspect, so that nothing is squeezed: top, left, h, w.
+
+    height, width (B,) -> (B,) each, in pixels and their fractions.
+    """
+    h, w = torch.minimum(height, width / aspect), torch.minimum(width, height * aspect)
+    return (height - h) / 2, (width - w) / 2, h, w
 
 
 def crop_and_resize(images, box, flip, size):
@@ -63,16 +96,21 @@ def crop_and_resize(images, box, flip, size):
 def random_resized_crop(images, sides, draw, scale, size):
     """The crop of most recipes for ImageNet: a random box, resized, and flipped half of the time.
 
-    images (B, C, H, W), sides = height, width of what may be cut, numbers or (B,), draw (B, 5) uniform in [0, 1): flip
-    and `crop_box` -> (B, C, *size) float.
+    images (B, C, H, W), sides = height, width of what may be cut, numbers or (B,), draw (B, 1 + BOX) uniform in
+    [0, 1): flip and `crop_box` -> (B, C, *size) float.
     """
-    return crop_and_resize(images, crop_box(*sides, draw[:, 1:], scale), draw[:, 0] < 0.5, size)
+    box = crop_box(*sides, draw[:, 1:], scale, aspect=size[1] / size[0])
+    return crop_and_resize(images, box, draw[:, 0] < 0.5, size)
 
 
 def resize(images, sides, size):
-    """Resize images (B, C, H, W), of which each fills sides = height, width, to size: (B, C, *size) float."""
+    """Resize images (B, C, H, W), of which each fills sides = height, width, to size: (B, C, *size) float.
+
+    Of an image of another shape the largest middle part is taken.
+    """
     zero = torch.zeros(len(images), device=images.device)
-    return crop_and_resize(images, (zero, zero, *(zero + side for side in sides)), zero > 0, size)
+    box = middle_box(*(zero + side for side in sides), size[1] / size[0])
+    return crop_and_resize(images, box, zero > 0, size)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -83,14 +121,19 @@ def resize(images, sides, size):
 def erase(images, draw, noise, probability):
     """Random erasing (Zhong et al. 2020), pixel by pixel: noise in a box of 2 to 33 % of an image.
 
-    images (B, C, H, W), normalised; draw (B, 5) uniform in [0, 1): `crop_box` and whether, with the given probability;
-    noise (B, C, H, W) from N(0, 1) -> (B, C, H, W).
+    images (B, C, H, W), normalised; draw (B, 1 + BOX) uniform in [0, 1): whether, with the given probability, and
+    where; noise (B, C, H, W) from N(0, 1) -> (B, C, H, W). As in timm the box is drawn again, up to ten times, until
+    both of its sides are shorter than the image's; where all are longer nothing is erased.
     """
-    box = crop_box(*images.shape[-2:], draw[:, :4], scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))
-    top, left, h, w = (side[:, None].round() for side in box)  # (B, 1) each
-    y, x = (torch.arange(n, device=images.device) for n in images.shape[-2:])
-    inside = ((y >= top) & (y < top + h))[:, :, None] & ((x >= left) & (x < left + w))[:, None, :]  # (B, H, W)
-    inside &= (draw[:, 4] < probability)[:, None, None]
+    H, W = images.shape[-2:]
+    h, w, fits = first_fit(draw[:, 1:], (0.02 * H * W, H * W / 3), (0.3, 1 / 0.3), H - 1, W - 1)
+    fits &= draw[:, 0] < probability
+    top, left = (draw[:, 1] * (H - h + 1)).floor(), (draw[:, 2] * (W - w + 1)).floor()
+    sides = []
+    for n, first, length in ((H, top, h), (W, left, w)):
+        place = torch.arange(n, device=images.device)
+        sides.append((place >= first[:, None]) & (place < (first + length)[:, None]))  # (B, n)
+    inside = fits[:, None, None] & sides[0][:, :, None] & sides[1][:, None, :]  # (B, H, W)
     return torch.where(inside[:, None], noise.to(images), images)
 
 

@@ -22,10 +22,11 @@ def perceptual_hash(images, side=32, low=16):
 
 
 def hash_split(split, device):
-    """The hash of every image of a split, (n, 255) of -1 and 1; and which images could be decoded (n,)."""
+    """The hash of the middle square of every image, (n, 255) of -1 and 1; and which images could be decoded (n,)."""
     split = copy.copy(split)
-    split.crop_pct = 1.0  # of a folder's: whole images
-    size = split.images.shape[-2:] if hasattr(split, "images") else (64, 64)
+    split.crop_pct = 1.0  # of a folder's: all of the short side
+    side = min(split.images.shape[-2:]) if hasattr(split, "images") else 64
+    size = (side, side)
     std = torch.tensor(split.std, device=device).view(-1, 1, 1)
     batches = split.test_batches(size, 64, torch.device(device))
     codes, read = zip(*((perceptual_hash(images * std), labels >= 0) for images, labels in batches), strict=True)

@@ -1,11 +1,14 @@
-"""ImageNet's layout on disk, PATH/{train,val}/CLASS/*.{jpg,png,…}: decoded, cropped and flipped by DataLoader workers.
+"""ImageNet's layout on disk, PATH/{train,val}/CLASS/…/*.{jpg,png,…}: decoded, cropped and flipped by other processes.
 
 load(path)     both splits, as a `data.Dataset`
 Folder         one of them, with the methods of `data.InMemory`
+find_images    the image files of a folder, and what else is in there
 read_image     from a file to a tensor
 randaugment    RandAugment, with Pillow
 """
 
+import atexit
+import collections
 import copy
 import functools
 import itertools
@@ -14,18 +17,23 @@ import os
 import random
 import signal
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageCms, ImageEnhance, ImageOps
 from tqdm import tqdm
 
 import data
 from engine import augment, distributed
 
 REQUEST = 64  # images that a worker decodes at a time
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+STAND_INS = 64  # images that come after an unreadable one, of which the first that can be decoded takes its place
+# What Pillow may open, whatever a file is called, and what such files are called. Of its other formats some do more
+# than decode: PostScript is a program, and starts another one.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+IMAGE_SUFFIXES = ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .pfm".split()
 
 
 class UnreadableImages(ValueError):
@@ -33,7 +41,7 @@ class UnreadableImages(ValueError):
 
 
 def load(path):
-    """A folder as a `data.Dataset`. Raises ValueError where it is not laid out as it should be."""
+    """A folder as a `data.Dataset`. Says what it leaves out; raises ValueError where it is not as it should be."""
     for split in ("train", "val"):
         if not (path / split).is_dir():
             raise ValueError(f"no folder {path / split}; folder:PATH needs PATH/train/CLASS/… and PATH/val/CLASS/…")
@@ -46,31 +54,52 @@ def load(path):
         )
     if not train.classes:
         raise ValueError(f"no class in {path / 'train'}; it needs a folder for each class")
+    for name, split in (("train", train), ("val", test)):
+        if split.ignored:
+            reasons = ", ".join(f"{n:,} {reason}" for reason, n in split.ignored.most_common(6))
+            more = ", and others" if len(split.ignored) > 6 else ""
+            distributed.print0(f"{path / name}: {split.ignored.total():,} files are left out: {reasons}{more}")
     return data.Dataset("folder", train.classes, data.IMAGENET_MEAN, data.IMAGENET_STD, train, test)
 
 
 class Folder(torch.utils.data.Dataset):
-    """Images on disk, PATH/CLASS/*.{jpg,png,…}; a class is named by its folder.
+    """Images on disk, PATH/CLASS/…/*.{jpg,png,…}; a class is named by its folder, the first below PATH.
 
-    An image that can't be decoded is skipped: a warning names it, and in training another of its
-    batch stands in. `unreadable` maps the names met so far to the reasons, see `skip`. Raises ValueError for a class
-    without images.
+    An image that can't be decoded is skipped: a warning names it, and in training the next one that can be stands in.
+    `unreadable` maps the names met so far to the reasons, see `skip`. `ignored` counts what is no image, by the reason.
+    workers: how many processes decode; None: see `workers`, 0: this one. Raises ValueError for a class without images.
     """
+
+    workers = None
 
     def __init__(self, path, mean, std):
         self.mean, self.std, self.unreadable, self.randaugment = mean, std, {}, 0.0
         # How much of the short side a test sees; None: 224 of 256, as usual for ImageNet, and all above (MAE's code).
         self.crop_pct = None
-        self.classes = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
-        paths, labels = [], []
-        for label, name in enumerate(self.classes):
-            files = sorted(str(f) for f in Path(path, name).iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
-            if not files:
-                raise ValueError(
-                    f"no image in {Path(path, name)}; add some ({' '.join(IMAGE_SUFFIXES)}) or remove the folder"
-                )
-            paths += files
-            labels += [label] * len(files)
+        names, self.ignored = [], collections.Counter()
+        try:
+            above = with_parents(path)
+            for entry in os.scandir(path):
+                if entry.name.startswith("."):
+                    self.ignored["hidden"] += 1
+                elif is_(entry.is_dir) and identity(entry.path) not in above:
+                    names.append(entry.name)
+                else:
+                    self.ignored["outside the classes"] += 1
+            paths, labels = [], []
+            for label, name in enumerate(sorted(names)):
+                files, ignored = find_images(os.path.join(path, name), above)
+                if not files:
+                    raise ValueError(
+                        f"no image in {printable(os.path.join(path, name))}; add some ({' '.join(IMAGE_SUFFIXES)}) or "
+                        "remove the folder"
+                    )
+                paths += files
+                labels += [label] * len(files)
+                self.ignored += ignored
+        except OSError as error:  # a folder that may not be read
+            raise ValueError(f"{printable(error.filename)}: {error.strerror}; make it readable, or remove it") from None
+        self.classes = [printable(name) for name in sorted(names)]
         # One array of bytes: a million objects would be copied by each worker, which counts references in their place.
         self.files, self.labels = np.array(list(map(os.fsencode, paths)), np.bytes_), torch.tensor(labels).long()
 
@@ -101,26 +130,45 @@ class Folder(torch.utils.data.Dataset):
             )
 
     def __getitem__(self, request):
-        """(index, size, crop, draw) -> image (3, H, W) uint8, label, and None or (name, reason) if black."""
-        index, size, crop, draw = request
-        file, label = os.fsdecode(self.files[index]), self.labels[index].item()
-        try:
-            crop_pct = self.crop_pct or (7 / 8 if max(size) <= 224 else 1.0)
-            return read_image(file, size, crop, draw, self.randaugment, crop_pct), label, None
-        except Exception as error:  # whatever a decoder raises for a broken file
-            return torch.zeros(3, *size, dtype=torch.uint8), label, (file, str(error) or type(error).__name__)
+        """Decode several images: (b, 3, H, W) uint8, labels (b,), and [(name, reason)] of those that can't be decoded.
+
+        request: candidates, size, crop, draws. candidates: b sequences of indices, the image and what may stand in for
+        it; where none can be decoded the image is black and the label -1. crop, draws (b, …): as of `read_image`.
+        """
+        candidates, size, crop, draws = request
+        images = torch.zeros(len(candidates), 3, *size, dtype=torch.uint8)
+        labels, unreadable = torch.full((len(candidates),), -1), {}
+        crop_pct = self.crop_pct or (7 / 8 if max(size) <= 224 else 1.0)
+        for row, (indices, draw) in enumerate(zip(candidates, draws, strict=True)):
+            for index in indices:
+                file = os.fsdecode(self.files[index])
+                if printable(file) in unreadable:
+                    continue
+                try:
+                    images[row] = read_image(file, size, crop, draw, self.randaugment, crop_pct)
+                    labels[row] = self.labels[index]
+                    break
+                except MemoryError:
+                    raise
+                except Exception as error:  # whatever a decoder raises for a broken file
+                    unreadable[printable(file)] = (str(error) or type(error).__name__).splitlines()[0]
+        return images, labels, list(unreadable.items())
 
     def train_batches(self, size, batch_size, steps, seed, crop, device, shard=slice(None)):
-        """As `data.InMemory.train_batches`; crop is the scale of `augment.crop_box`, or None."""
+        """As `data.InMemory.train_batches`; crop is the scale of `augment.crop_box`, or None.
+
+        What stands in for an unreadable image is a function of the order, the same for any number of processes.
+        """
 
         def requests():
             for step in steps:
-                index = data.batch_indices(len(self), batch_size, step, seed)[shard].tolist()
-                draw = data.draw_crops(batch_size, seed, step)[shard].tolist()
-                rows = [(i, size, crop, d) for i, d in zip(index, draw, strict=True)]
-                yield from (rows[i : i + REQUEST] for i in range(0, len(rows), REQUEST))
+                order = data.batch_indices(len(self), batch_size, step, seed, more=STAND_INS).numpy()
+                draws = data.draw_crops(batch_size, seed, step).numpy()[shard]
+                candidates = [order[place : place + 1 + STAND_INS] for place in range(batch_size)[shard]]
+                for i in range(0, len(draws), REQUEST):
+                    yield candidates[i : i + REQUEST], size, crop, draws[i : i + REQUEST]
 
-        loaded = self._load(requests(), device, replace=True)
+        loaded = self._load(requests(), device, training=True)
         parts = math.ceil(len(range(batch_size)[shard]) / REQUEST)  # of a step, each from another worker
         while step := list(itertools.islice(loaded, parts)):
             yield step[0] if parts == 1 else tuple(torch.cat(part) for part in zip(*step, strict=True))
@@ -129,29 +177,36 @@ class Folder(torch.utils.data.Dataset):
         """As `data.InMemory.test_batches`; an image that can't be decoded has label -1 and is black."""
         index = range(len(self))[shard]
         batches = (index[i : i + batch_size] for i in range(0, len(index), batch_size))
-        return self._load(([(i, size, None, None) for i in batch] for batch in batches), device, replace=False)
+        requests = (([[i] for i in batch], size, None, [None] * len(batch)) for batch in batches)
+        return self._load(requests, device, training=False)
 
-    def _load(self, requests, device, replace):
+    def _load(self, requests, device, training):
         loader = torch.utils.data.DataLoader(
             self,
-            batch_sampler=requests,
+            batch_size=None,  # a request is a batch already
+            sampler=requests,
             generator=torch.Generator(),  # else the workers' seed, which nothing uses, is drawn from the global one
-            num_workers=workers(),
-            worker_init_fn=ignore_sigterm,
-            collate_fn=functools.partial(collate, replace=replace),
+            num_workers=workers() if self.workers is None else self.workers,
+            worker_init_fn=ignore_signals,
             pin_memory=device.type == "cuda",
         )
-        for images, labels, failed in loader:
-            for name, reason in failed:
-                if name not in self.unreadable:
-                    tqdm.write(f"warning: skipped {name}: {reason}", file=sys.stderr)
-            if replace and len(failed) == len(labels):
-                raise UnreadableImages(
-                    f"no image of a batch can be decoded, {failed[0][0]} and others; repair or remove them"
-                )
-            self.skip(dict(failed))
-            images, labels = (v.to(device, non_blocking=True) for v in (images, labels))
-            yield data.normalise(images, self.mean, self.std), labels
+        iterator = iter(loader)
+        ITERATORS.add(iterator)
+        try:
+            for images, labels, unreadable in iterator:
+                for name, reason in unreadable:
+                    if name not in self.unreadable:
+                        tqdm.write(f"warning: skipped {name}: {reason}", file=sys.stderr)
+                self.skip(dict(unreadable))
+                if training and (labels < 0).any():
+                    raise UnreadableImages(
+                        f"{1 + STAND_INS} images in a row can't be decoded, {unreadable[0][0]} and others; repair or "
+                        "remove them"
+                    )
+                images, labels = (v.to(device, non_blocking=True) for v in (images, labels))
+                yield data.normalise(images, self.mean, self.std), labels
+        finally:
+            end_workers(iterator)
 
 
 def workers():
@@ -160,26 +215,95 @@ def workers():
     return min(32, max(1, cores // distributed.LOCAL_WORLD_SIZE))
 
 
-def ignore_sigterm(worker):
-    """It may come to a whole group of processes: the main one finishes its step with the workers, and ends them."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def ignore_signals(worker):
+    """They may come to a whole group of processes: the main one finishes its step with the workers, and ends them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
-def collate(samples, replace):
-    """Stack what `Folder` decoded: images (b, 3, H, W), labels (b,), [(name, reason)] of the failures.
+ITERATORS = weakref.WeakSet()  # of DataLoaders, with the workers of each
 
-    replace: others of the batch stand in for failures; else they stay black and get the label -1.
+
+def end_workers(iterator):
+    if hasattr(iterator, "_shutdown_workers"):  # else there are none
+        iterator._shutdown_workers()
+
+
+@atexit.register
+def end_all_workers():
+    """At the end of a program, also by an error that nobody catches, which keeps all that it has passed through.
+
+    Before `multiprocessing` does, which would send SIGTERM and wait: what is registered last is called first.
     """
-    images, labels, failures = zip(*samples, strict=True)
-    images, labels = torch.stack(images), torch.tensor(labels)
-    failed = torch.tensor([failure is not None for failure in failures])
-    if replace and failed.any() and not failed.all():
-        good, everyone = (~failed).nonzero()[:, 0], torch.arange(len(failed))
-        index = torch.where(failed, good[everyone % len(good)], everyone)
-        images, labels = images[index], labels[index]
-    elif failed.any():
-        labels = torch.where(failed, -1, labels)
-    return images, labels, [failure for failure in failures if failure]
+    for iterator in list(ITERATORS):
+        end_workers(iterator)
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------
+
+
+def find_images(folder, above=frozenset()):
+    """The image files in a folder and all below: their paths, sorted, and a Counter of what else is there, by reason.
+
+    By their names, and without a suffix by their content. Links are followed, but to no folder twice, nor to one whose
+    `identity` is in `above`; what a name with a dot in front hides is left out. Raises OSError where it may not read.
+    """
+    files, ignored, folders = [], collections.Counter(), [folder]
+    seen = with_parents(folder) | above
+    while folders:
+        for entry in os.scandir(folders.pop()):
+            suffix = os.path.splitext(entry.name)[1].lower().strip(".")
+            if entry.name.startswith("."):
+                ignored["hidden"] += 1
+            elif is_(entry.is_dir):
+                if (which := identity(entry.path)) in seen:
+                    ignored["links to a folder that is read already"] += 1
+                else:
+                    seen.add(which)
+                    folders.append(entry.path)
+            elif not is_(entry.is_file):
+                ignored["broken links" if entry.is_symlink() else "pipes, sockets or devices"] += 1
+            elif f".{suffix}" in IMAGE_SUFFIXES or (not suffix and is_image(entry.path)):
+                files.append(entry.path)
+            else:
+                ignored[f".{printable(suffix)}" if suffix else "without a suffix"] += 1
+    return sorted(files), ignored
+
+
+def with_parents(folder):
+    """The `identity` of a folder and of all above it."""
+    folder = Path(folder).resolve()
+    return {identity(path) for path in (folder, *folder.parents)}
+
+
+def identity(path):
+    """What a folder is, by whatever path."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def is_(kind):
+    """Whether a directory entry is of a kind; False for a link that leads nowhere, or round in a circle."""
+    try:
+        return kind()
+    except OSError:
+        return False
+
+
+def is_image(file):
+    """Whether a file begins as an image does."""
+    try:
+        with Image.open(file, formats=FORMATS):
+            return True
+    except Exception:  # whatever a decoder raises for what it does not know
+        return False
+
+
+def printable(path):
+    """A path as text, in which bytes that are no UTF-8 are written as \\xff."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -190,19 +314,21 @@ def collate(samples, replace):
 def read_image(file, size, crop, draw, magnitude=0.0, crop_pct=7 / 8):
     """Decode an image file, crop it and resize it to size = (H, W): (3, H, W) uint8, RGB.
 
-    crop, draw: scale and five numbers for the flip and `augment.crop_box`; None: the middle, as much of the
-    short side as `crop_pct` says. magnitude: of `randaugment`, in training.
+    crop, draw (1 + augment.BOX,): scale, and numbers for the flip and `augment.crop_box`; None: the middle, as much of
+    the short side as `crop_pct` says. magnitude: of `randaugment`, in training.
     """
-    with Image.open(file) as image:
+    with Image.open(file, formats=FORMATS) as image:
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # a small file may claim any size; Pillow only warns
             raise ValueError(f"{image.width}x{image.height} pixels are more than {Image.MAX_IMAGE_PIXELS:,}")
+        halved = ";16" in str(image.tile)  # 16 bits of a colour, of which Pillow keeps the upper 8
         if image.format != "JPEG":
             ImageOps.exif_transpose(image, in_place=True)
         width, height = image.size
         if image.getexif().get(0x0112) in (5, 6, 7, 8):  # EXIF orientation of a JPEG: the camera was held upright
             width, height = height, width
         if crop:
-            top, left, h, w = (v.item() for v in augment.crop_box(height, width, torch.tensor(draw[1:]), crop))
+            box = augment.crop_box(height, width, torch.as_tensor(draw)[1:], crop, aspect=size[1] / size[0])
+            top, left, h, w = (v.item() for v in box)
         else:
             shrink = crop_pct * min(height / size[0], width / size[1])
             h, w = size[0] * shrink, size[1] * shrink
@@ -211,6 +337,8 @@ def read_image(file, size, crop, draw, magnitude=0.0, crop_pct=7 / 8):
         shrink = max(1.0, min(h / size[0], w / size[1]))
         image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
         ImageOps.exif_transpose(image, in_place=True)
+        if halved and image.mode.startswith("RGB") and 0 < max(high for _, high in image.getextrema()[:3]) < 16:
+            raise ValueError("of 16 bits a colour it uses 12 alone; save it with 8")
         image = to_rgb(image)
     x, y = image.width / width, image.height / height
     box = (left * x, top * y, (left + w) * x, (top + h) * y)
@@ -218,20 +346,52 @@ def read_image(file, size, crop, draw, magnitude=0.0, crop_pct=7 / 8):
     if crop and draw[0] < 0.5:
         image = ImageOps.mirror(image)
     if crop and magnitude:
-        image = randaugment(image, magnitude, random.Random(str(draw)))
+        image = randaugment(image, magnitude, random.Random(np.float32(draw).tobytes()))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def to_rgb(image):
-    """Any Pillow image as 8-bit RGB; of 16-bit grey the upper 8 bits are kept."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
-    if image.mode == "P":
-        image = image.convert("RGBA")  # palettes may have transparent entries
+    """Any Pillow image as 8-bit RGB, before a white background where it is transparent.
+
+    Raises ValueError for numbers that are no known scale of grey, see `to_grey`.
+    """
+    if image.mode[0] in "IF":
+        image = to_grey(image)
+    elif image.mode == "LAB":
+        image = ImageCms.applyTransform(image, lab_to_rgb())
+    elif image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
     if image.mode == "RGB":
         image.load()  # `convert` would copy it: 20 % of the time for a photograph of 500 pixels
         return image
     return image.convert("RGB")
+
+
+def to_grey(image):
+    """Grey values of more than 8 bits, or floats, as 8 bits.
+
+    White is the end of the smallest range that holds all values: integers of 8, 12 or 16 bits, whatever the size that
+    they are stored in; floats up to 1, 255 or 65,535. Raises ValueError for negative, larger and infinite ones.
+    """
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    ranges = (1, 255, 65535) if image.mode == "F" else (255, 4095, 65535)
+    if not (low >= 0 and high <= ranges[-1]):  # so that NaN is refused, too
+        raise ValueError(f"grey values from {low:g} to {high:g} have no known scale; save it with 8 or 16 bits")
+    white = next(top for top in ranges if high <= top)
+    grey = values * (255 / white) if image.mode == "F" else values // ((white + 1) // 256)
+    if getattr(image, "tag_v2", {}).get(262) == 0:  # TIFF, WhiteIsZero: of 8 bits Pillow inverts it
+        grey = 255 - grey
+    if "transparency" in image.info:
+        grey = np.where(values == image.info["transparency"], 255, grey)
+    return Image.fromarray(grey.round().astype(np.uint8))
+
+
+@functools.cache
+def lab_to_rgb():
+    """CIELab to sRGB."""
+    return ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -21,6 +21,11 @@ def pixels(*shape, seed=1):
     return torch.randint(256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
+def crop_draw(flip, area, aspect, top, left):
+    """The numbers of a random resized crop, all tries alike: see `augment.crop_box`."""
+    return [flip, top, left] + [area] * 10 + [aspect] * 10
+
+
 def flat(n, C=3, H=8, W=8, step=20):
     """n images, image i is all step * i: another image is seen at once."""
     return (torch.arange(n) * step).to(torch.uint8)[:, None, None, None].expand(n, C, H, W).contiguous()

@@ -100,13 +100,13 @@ def test_crops_are_drawn_for_the_whole_batch_at_once():
     """A process takes its rows of them. Uniform, another draw for each step and seed."""
     draws = [data.draw_crops(2000, seed, step) for seed, step in ((0, 0), (0, 1), (1, 0))]
     for draw in draws:
-        assert draw.shape == (2000, 5)
+        assert draw.shape == (2000, 23)  # flip, top, left, ten areas, ten aspects
         assert 0 <= draw.min() < 0.01
         assert 0.99 < draw.max() < 1
-        related = np.corrcoef(draw.T) - np.eye(5)  # of 2000 pairs: about 1 / sqrt(2000) = 0.02
+        related = np.corrcoef(draw.T) - np.eye(23)  # of 2000 pairs: about 1 / sqrt(2000) = 0.02
         assert np.abs(related).max() < 0.1, "two columns share their numbers"
-    assert len(torch.cat(draws).unique()) > 0.99 * 3 * 2000 * 5
-    assert torch.equal(draws[2], torch.rand(2000, 5, generator=data.generator(1, 1, 0))), "of the purpose of crops"
+    assert len(torch.cat(draws).unique()) > 0.99 * 3 * 2000 * 23
+    assert torch.equal(draws[2], torch.rand(2000, 23, generator=data.generator(1, 1, 0))), "of the purpose of crops"
 
 
 def test_noise_of_masks_has_a_column_for_each_use():
@@ -257,7 +257,7 @@ def test_random_resized_crops_have_their_area_aspect_place_and_flip(kind):
     h = np.sqrt(area * 12_000 / aspect)
     for name, values, low, high in (
         ("area", area, 0.3, 0.6),
-        ("aspect w / h", aspect, 3 / 4, 4 / 3),
+        ("aspect w / h", aspect, 3 / 4 * 20 / 16, 4 / 3 * 20 / 16),  # around that of what a crop becomes
         ("top", (top + 0.5) / (100 - h), 0, 1),
         ("left", (left + 0.5) / (120 - h * aspect), 0, 1),
     ):
@@ -505,10 +505,10 @@ def test_images_are_erased_before_they_are_mixed():
 
 
 def test_erasing_has_numbers_of_its_own():
-    """Five for each image of the whole batch, then its noise."""
+    """23 for each image of the whole batch, then its noise."""
     images = uniform(6, 3, 9, 8, dtype=torch.float32)
     numbers = data.generator(2, 4, 7)
-    draw = torch.rand(5, 6, generator=numbers).T
+    draw = torch.rand(23, 6, generator=numbers).T
     oracle = augment.erase(images, draw, torch.randn(6, 3, 9, 8, generator=numbers), 0.6)
     erased, _ = augmented(images, torch.arange(6), 6, erasing=0.6, seed=2, step=7)
     assert torch.equal(erased, oracle)
@@ -616,7 +616,7 @@ def test_pixels_can_be_brought_to_plus_minus_1():
     + [("folder", "folder:PATH"), ("", "")],
 )
 def test_an_unknown_name_is_refused_with_the_nearest_one(name, nearest):
-    with refusal(repr(name), f"did you mean {nearest}", "photos, fashion-mnist, cifar10, cifar100, folder:PATH"):
+    with refusal(repr(name), f"did you mean {nearest}", ", ".join(data.NAMES)):
         data.load(name)
 
 
@@ -675,9 +675,9 @@ def test_photographs_are_learned_left_and_tested_right(size, tmp_path, monkeypat
     assert images[:, 0, :, 2:].min() > 230, "a test crop shows what training has seen"
     assert torch.bincount(labels).tolist() == [4] * 16
     equal(images[:, 2].mean(dim=(1, 2)), 16 * labels.numpy(), "a label that names another photograph", 0.1)
-    for i in range(16):  # squares of the third's width, from the top to the bottom
+    for i in range(16):  # of the third's width and the shape of `size`, from the top to the bottom
         rows = images[labels == i, 1].mean(dim=(1, 2)) / 3
-        height, side = 60 + 6 * (i % 4), 30 + (i % 3 > 0)
+        height, side = 60 + 6 * (i % 4), (30 + (i % 3 > 0)) * size[0] / size[1]
         places = [(side - 1) / 2 + step / 3 * (height - side) for step in range(4)]
         equal(rows, places, "places of the test crops", 0.4)  # a level is a third of a row
 

@@ -26,13 +26,13 @@ def test_a_hash_compares_the_lowest_frequencies_with_their_median():
     assert torch.equal(duplicates.perceptual_hash(0.3 * images + 50), ours), "brightness and contrast do not matter"
 
 
-def test_a_splits_hashes_are_those_of_its_whole_images(tmp_path):
-    """At their own size in memory, at 64 x 64 in a folder. Each channel counts as it does in the picture."""
+def test_a_splits_hashes_are_those_of_the_middle_squares(tmp_path):
+    """Of their own size in memory, of 64 x 64 in a folder. Each channel counts as it does in the picture."""
     images, statistics = pixels(70, 3, 40, 48), ((0.1, 0.5, 0.9), (0.05, 0.3, 1.0))  # more than one batch
     split = data.InMemory(images, torch.arange(70), *statistics)
     codes, read = duplicates.hash_split(split, "cpu")
     # Undoing the normalisation rounds in float32: a frequency at the median itself may change its side.
-    assert ((codes > 0) != duplicates.perceptual_hash(images)).sum(dim=1).max() <= 2
+    assert ((codes > 0) != duplicates.perceptual_hash(images[..., 4:44])).sum(dim=1).max() <= 2
     assert (codes.abs() == 1).all()
     assert read.all()
 
