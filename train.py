@@ -23,7 +23,6 @@ import copy
 import dataclasses
 import functools
 import math
-import multiprocessing
 import sys
 import time
 import typing
@@ -559,27 +558,32 @@ def load_checkpoint(config, model, dataset, out, origin):
 
 def fitting(config, model, dataset):
     """How many images at a time fit into the memory of this process's GPU, measured; elsewhere its whole share."""
-    task, device = TASKS[config.task], torch.device(config.device)
-    share = config.batch_size // distributed.WORLD_SIZE
+    device, share = torch.device(config.device), config.batch_size // distributed.WORLD_SIZE
     if device.type != "cuda":
         return share
-    trains = task.losses is not None and config.task != "linear"  # whose frozen encoder is what takes memory
-    shape = (len(dataset.mean), *config.img_size)
-
-    def step(n):
-        images, labels = torch.zeros(n, *shape, device=device), torch.zeros(n, dtype=torch.int64, device=device)
-        with probes.autocast(device, config.dtype), torch.set_grad_enabled(trains):
-            if not trains:
-                model(images)
-                return
-            losses = task.losses(model, images, labels, draw_noise(config, model, n, 0), 0.5, config.smoothing)
-        losses["loss"].backward()
-        model.zero_grad()
-
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * trains
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) if learns(config) else 0
     later = 4 * trained * ((2 if config.optimizer == "adamw" else 1) + bool(config.polyak))  # moments, and an average
-    blends = 4 if config.mixup or config.cutmix or config.erasing else 1  # copies of the batch
-    return memory.fit_micro_batch(step, share, later + blends * share * 4 * math.prod(shape), device)
+    copies = 4 if config.mixup or config.cutmix or config.erasing else 1  # of the batch
+    later += copies * share * 4 * len(dataset.mean) * math.prod(config.img_size)
+    return memory.fit_micro_batch(functools.partial(try_step, config, model, dataset), share, later, device)
+
+
+def try_step(config, model, dataset, n):
+    """Forward and backward pass of n black images, of which nothing stays."""
+    images = torch.zeros(n, len(dataset.mean), *config.img_size, device=config.device)
+    labels = torch.zeros(n, dtype=torch.int64, device=config.device)
+    with probes.autocast(config.device, config.dtype), torch.set_grad_enabled(learns(config)):
+        if learns(config):
+            noise = draw_noise(config, model, n, 0)
+            TASKS[config.task].losses(model, images, labels, noise, 0.5, config.smoothing)["loss"].backward()
+        else:
+            model(images)
+    model.zero_grad()
+
+
+def learns(config):
+    """Whether the model itself is trained, and not only asked for features."""
+    return config.task not in ("linear", *TRAINING_FREE)
 
 
 def run(config, dataset, model, out, checkpoint, origin, params):
@@ -608,6 +612,5 @@ if __name__ == "__main__":
         code = main()
         distributed.end()
     finally:
-        for worker in multiprocessing.active_children():  # after an error nobody else would end them
-            worker.kill()
+        ending.end_workers()
     sys.exit(code)
