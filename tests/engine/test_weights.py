@@ -1585,6 +1585,18 @@ def test_hugging_face_classifier_gives_equal_logits(tmp_path, names):
     equal(ours(images), peer.double()(images).logits)
 
 
+@pytest.mark.parametrize("img_size", [48, (64, 24)], ids=["larger", "oblong"])
+def test_hugging_face_at_another_size_gives_equal_logits(tmp_path, img_size):
+    """Theirs interpolate positions whenever they run, ours once, as the file is loaded."""
+    transformers = pytest.importorskip("transformers", reason=PEER)
+    peer = transformers.ViTForImageClassification(vit_config(transformers))
+    ours = small(eps=1e-12, img_size=img_size).double()
+    assert len(weights.load(ours, hugging_face(peer, tmp_path, "file"))) == 1
+    images = oracles.random(3, 3, *ours.img_size)
+    theirs = peer.double()(images, interpolate_pos_encoding=True).logits
+    equal(ours.eval()(images), theirs, 1e-5)  # positions rounded to float32, as the file has them
+
+
 @pytest.mark.parametrize("names", ["file", "inside"])
 def test_hugging_face_encoder_alone_gives_equal_tokens(tmp_path, names):
     """ViTModel: no `vit.` before its names, and a pooler, which is left out."""
