@@ -89,8 +89,8 @@ def claim(out, new=False):
         held.append(files.lock(out, wait=False))
     except TimeoutError:
         raise ValueError(f"another run is writing to {out}; wait for its end, or give another --out") from None
-    except OSError:
-        raise ValueError(f"nothing can be written to {out}; give another --out") from None
+    except OSError as error:
+        raise ValueError(f"nothing can be written to {out} ({error.strerror}); give another --out") from None
     if new:
         check_free(out)
     return out

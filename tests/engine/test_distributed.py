@@ -276,6 +276,35 @@ def test_torchrun_says_who_is_who(monkeypatch):
         assert tuple(getattr(fresh, name) for name in names) == values
 
 
+@pytest.mark.parametrize(("device", "rank", "gpu"), [
+    ("cuda", 0, 0), ("cuda", 3, 3), ("cuda:2", 0, 2), ("mps", 0, None), ("cpu", 0, None),
+])  # fmt: skip
+def test_a_process_takes_the_gpu_that_is_named_or_the_one_of_its_number(device, rank, gpu, monkeypatch):
+    """What asks for no GPU in particular, as for its free memory, then means that one."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(distributed, "LOCAL_RANK", rank)
+    distributed.start(device)
+    assert taken == ([] if gpu is None else [gpu])
+
+
+def test_a_pytorch_that_knows_one_process_alone_is_enough(monkeypatch):
+    """Some builds, as those for small computers, have no torch.distributed."""
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    for name in ("torch.distributed.fsdp", "torch.distributed.tensor"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delattr(torch.distributed, "is_initialized")
+    spec = importlib.util.spec_from_file_location("fresh", distributed.__file__)
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    fresh.start("cpu")
+    model = torch.nn.Linear(2, 2)
+    assert fresh.wrap_model(model) is model
+    assert not fresh.is_sharded(model)
+    assert torch.equal(fresh.full_state_dict(model.state_dict())["weight"], model.weight)
+    fresh.end()
+
+
 def be(monkeypatch, rank, n):
     monkeypatch.setattr(distributed, "RANK", rank)
     monkeypatch.setattr(distributed, "WORLD_SIZE", n)

@@ -324,6 +324,25 @@ def test_windows_quotes_in_its_own_way(monkeypatch):
     assert said == 'stopped; go on with: python train.py --resume --out "my run"'
 
 
+def test_a_run_needs_nothing_that_windows_or_macos_lack(small, shallow, no_figures, monkeypatch):
+    """No fork, fcntl, sysconf, CPU sets, or signals of POSIX; the run is stopped, goes on, and is measured by a probe,
+    which asks for the free memory."""
+    for name in ("fork", "sysconf", "sched_getaffinity", "mkfifo", "getuid", "killpg", "WNOHANG"):
+        monkeypatch.delattr(os, name, raising=False)
+    for name in ("SIGCHLD", "SIGHUP", "SIGKILL", "SIGALRM", "SIGUSR1"):
+        monkeypatch.delattr(signal, name, raising=False)
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "resource", None)
+    with monkeypatch.context() as patch:
+        watch(patch, lambda step, *_: os.kill(os.getpid(), signal.SIGTERM) if step == 0 else None)
+        assert run(f"{MICRO} --out run") == 143
+    assert run("--resume --out run") == 0
+    assert run(f"{MICRO} --task linear --init run/last.pt --out probe") == 0
+    write_images("pictures", ant=4, cat=4)
+    assert run(f"{MICRO} --data folder:pictures --workers 0 --steps 1 --out folder") == 0
+    ending.end_workers()
+
+
 # ---------------------------------------------------------------------------------------------
 # Nothing is left behind
 # ---------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -267,6 +268,22 @@ def test_a_lock_dies_with_its_process_though_workers_live(tmp_path):
         assert can_lock(tmp_path), "the data worker has inherited the lock"
     finally:
         os.kill(worker, signal.SIGKILL)
+
+
+def test_a_lock_holds_where_the_system_has_no_flock(tmp_path, monkeypatch):
+    """Windows has no fcntl, and some builds of Python neither; filelock then writes down whose the lock is. A process
+    that was killed has it no more."""
+    monkeypatch.setattr(filelock, "FileLock", filelock.SoftFileLock)
+    ready = fork.Event()
+    owner = fork.Process(target=lambda: (held := files.lock(tmp_path), ready.set(), time.sleep(60), held))
+    owner.start()
+    assert ready.wait(60)
+    with pytest.raises(TimeoutError):
+        files.lock(tmp_path, wait=False)
+    owner.kill()
+    owner.join()
+    with files.lock(tmp_path, wait=False):
+        assert (tmp_path / ".lock").exists()
 
 
 def test_what_is_no_folder_is_not_waited_for(tmp_path):

@@ -67,9 +67,9 @@ def contents(folder):
 def groups_by_name(command):
     """For every trainable parameter: weight decay, learning rate over that of the head."""
     config, dataset = settings(command)
-    model = train.build(config, dataset)
-    decays, betas = (config.weight_decay, config.layer_decay), train.TASKS[config.task].betas
-    optimizer = train.build_optimizer(model, config.optimizer, config.lr[0], *decays, betas)
+    model, task = train.build(config, dataset), train.TASKS[config.task]
+    decays = (config.weight_decay, config.layer_decay)
+    optimizer = train.build_optimizer(model, config.optimizer, config.lr[0], *decays, task.betas, task.spared)
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     assert len(groups) == sum(len(group["params"]) for group in optimizer.param_groups), "a parameter stands twice"
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -82,14 +82,19 @@ MATRICES = ("proj.weight", "qkv.weight", "fc1.weight", "fc2.weight", "head.weigh
 
 @pytest.mark.parametrize(
     "command",
-    ["--arch vit_micro4 --pos-embed 1d", "--task hpm --arch vit_micro4", "--task mpp --arch vit_micro4 --pos-embed 2d",
-     "--arch vit_micro4 --pos-embed relative"],
+    ["--arch vit_micro4 --pos-embed 1d", "--task hpm --arch vit_micro4", "--task mae --arch vit_micro4",
+     "--task mpp --arch vit_micro4 --pos-embed 2d", "--arch vit_micro4 --pos-embed relative",
+     "--task finetune --arch vit_micro4 --init init.pt --pool cls"],
 )  # fmt: skip
 def test_weight_decay_is_on_matrices_alone(command, small, shallow):
-    """None on biases, norms, tokens and positions (MAE, appendix A; HPM's code)."""
+    """None on biases and norms. None on tokens and positions either, in fine-tuning (timm's no_weight_decay, which
+    MAE's and HPM's main_finetune.py ask) and where Google's code trains; but pre-training in MAE's and HPM's code
+    decays all but vectors and biases (timm's add_weight_decay), the class token and the mask token with them."""
+    torch.save(vit.create("vit_micro4", 32, 0).state_dict(), "init.pt")
     found = groups_by_name(f"{command} --img-size 32 --weight-decay 0.3")
     decayed = {name for name, (decay, _) in found.items() if decay == 0.3}
-    assert decayed == {name for name in found if name.endswith(MATRICES)}
+    tokens = {"student.encoder.cls_token", "student.mask_token"} if "hpm" in command or "mae" in command else set()
+    assert decayed == {name for name in found if name.endswith(MATRICES)} | tokens
     assert {found[name][0] for name in found.keys() - decayed} == {0.0}
     assert any("token" in name for name in found), "the class token or the mask token is trained"
 
@@ -192,6 +197,26 @@ def test_a_schedule_follows_the_step(batch, small, shallow):
         dict(lr=0.3 * math.cos(math.pi / 2 * 4 / 10) ** 2, alpha=0.5, momentum=0.999 + 0.0009 * (6 * batch / 24) / 100),
         rel=1e-12,
     )
+
+
+@pytest.mark.parametrize(
+    ("command", "last"),
+    [("--task finetune", 1e-6), ("--task finetune --optimizer sgd", 0.0), ("--task supervised", 0.0),
+     ("--task hpm", 0.0), ("--task mae", 0.0), ("--task mpp", 0.0)],
+)  # fmt: skip
+def test_fine_tuning_with_adamw_ends_at_a_learning_rate_of_1e_6(command, last, small, shallow):
+    """`--min_lr` of MAE's and HPM's main_finetune.py; their pre-training, and ViT's recipes, go to 0. Where no peak is
+    below it, and the peak stays what it is."""
+    torch.save(vit.create("vit_micro4", 16, 0).state_dict(), "init.pt")
+    init = "--init init.pt" if "finetune" in command else ""
+    config, _ = settings(f"{STILL} --batch-size 4 --steps 100 --warmup 10 --lr 0.01 {command} {init}")
+    rates = [train.schedule(config, step, 24)["lr"] for step in range(101)]
+    oracle = [last + rate for rate in learning_rate_loops(100, 0.01 - last, 10, "cosine")]
+    assert rates[:100] == pytest.approx(oracle, rel=1e-9)
+    assert (rates[9], rates[10]) == pytest.approx((0.01, 0.01), rel=1e-9)
+    assert rates[100] == pytest.approx(last, abs=1e-12)
+    small_one = dataclasses.replace(config, lr=(1e-9,))
+    assert {train.schedule(small_one, step, 24)["lr"] <= 1e-9 for step in range(100)} == {True}
 
 
 # ---------------------------------------------------------------------------------------------
