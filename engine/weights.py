@@ -489,7 +489,10 @@ def load(model, source, which="student", grid=None, classes=None):
     return load_state(model, state, source, said, grid, classes)
 
 
-def load_state(model, state, source, said, grid=None, classes=None):
+UNSAID = dict(classes=None, grid=None, config=None, how="timm")  # of tensors that come from no file
+
+
+def load_state(model, state, source, said=UNSAID, grid=None, classes=None):
     """`load` from what `recognise` gives; `source` is what messages call it."""
     own = {name.removeprefix("encoder."): value for name, value in model.state_dict().items()}
     for name in own.keys() & state.keys():

@@ -1215,6 +1215,13 @@ def test_a_class_token_missing_from_the_model_is_left_out(save):
     assert notes == ["left at the initial value: fc_norm", "not used: cls_token, norm"]
 
 
+def test_a_state_dict_loads_as_its_file_does(save):
+    """From model to model, at another size."""
+    state, first, second = filled(square().state_dict()), square(img_size=8), square(img_size=8)
+    assert weights.load_state(first, state, "the other") == weights.load(second, save(state, "vit.pt"))
+    same(first.state_dict(), second.state_dict())
+
+
 def test_a_head_for_other_classes_keeps_its_initial_value(save):
     state, model = timm_file(classes=1000), square(num_classes=10).double()
     notes = weights.load(model, save(state, "vit.pt"))
@@ -1319,7 +1326,7 @@ def test_a_resnet_takes_nothing_of_a_vit(save):
     with pytest.raises(ValueError, match=r"vit\.pt does not fit: its stages 0 depth is 0 blocks, this model's 1"):
         weights.load(model, save(timm_file(), "vit.pt"))
     with pytest.raises(ValueError, match="does not fit: it has nothing of this model, which starts with stem.conv"):
-        weights.load_state(model, {"cls_token": torch.zeros(1, 1, 8)}, "a dict", {})
+        weights.load_state(model, {"cls_token": torch.zeros(1, 1, 8)}, "a dict")
     same(model.state_dict(), before)
 
 
