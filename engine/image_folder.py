@@ -212,7 +212,7 @@ class Folder(torch.utils.data.Dataset):
 def workers():
     """How many processes decode images: this process's share of the machine's cores, 32 at most."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(32, max(1, cores // distributed.LOCAL_WORLD_SIZE))
+    return min(32, max(1, (cores or 1) // distributed.LOCAL_WORLD_SIZE))
 
 
 def ignore_signals(worker):

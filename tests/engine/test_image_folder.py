@@ -4,12 +4,19 @@ Files are written by hand or by Pillow. Images that are compared with what Pillo
 one level of 255; a JPEG's by what the compression costs.
 """
 
+import functools
+import gc
 import io
 import math
+import multiprocessing
 import os
+import pickle
 import random
+import socket
 import statistics
 import struct
+import subprocess
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -18,7 +25,7 @@ import numpy as np
 import pytest
 import skimage.color
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 import data
 from engine import image_folder
@@ -83,7 +90,7 @@ def test_a_class_without_an_image_is_refused(split, tmp_path):
     dog = tmp_path / split / "dog"
     dog.mkdir()
     (dog / "dog.txt").write_text("no image")
-    with refusal("no image", dog, ".jpg .jpeg .png"):
+    with refusal("no image", dog, ".jpg .jpeg", ".png"):
         data.load(f"folder:{tmp_path}")
 
 
@@ -214,6 +221,167 @@ def test_a_large_batch_is_decoded_in_parts(tmp_path, monkeypatch):
     assert same(*batches)
 
 
+# ---------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------
+
+
+def names(split, path):
+    return [os.path.relpath(os.fsdecode(file), path) for file in split.files]
+
+
+def test_images_are_found_in_folders_below_a_class(tmp_path):
+    """The class is the first folder; one called like an image is a folder."""
+    folder_with(tmp_path, "ant/1.png", "ant/b/2.png", "ant/b/c/d.png/3.png", "bee/deep/4.png")
+    split = image_folder.Folder(tmp_path, *PLAIN)
+    assert split.classes == ["ant", "bee"]
+    assert names(split, tmp_path) == ["ant/1.png", "ant/b/2.png", "ant/b/c/d.png/3.png", "bee/deep/4.png"]
+    assert (split.labels.tolist(), split.ignored) == ([0, 0, 0, 1], {})
+
+
+def test_every_name_of_a_format_that_is_read_is_an_image():
+    """As Pillow lists them; upper case, too."""
+    Image.init()
+    known = {suffix for suffix, name in Image.registered_extensions().items() if name in image_folder.FORMATS}
+    assert set(image_folder.IMAGE_SUFFIXES) >= known
+    assert {".jpg", ".jfif", ".jpe", ".png", ".webp", ".tif", ".pgm"} <= known
+
+
+def test_images_without_a_suffix_are_known_by_their_content(tmp_path):
+    """A JPEG's name says nothing of its format, either. With a suffix no file is opened: there may be a million."""
+    folder_with(tmp_path, "ant/0.png")
+    for i, kind in enumerate(("JPEG", "PNG", "GIF", "BMP", "TIFF", "PPM", "WEBP")):
+        save_image(Image.new("RGB", (8, 8), (200, 0, 0)), tmp_path / "ant" / f"image{i}", format=kind)
+    save_image(Image.new("RGB", (8, 8)), tmp_path / "ant" / "x.JFIF", format="JPEG")
+    save_image(Image.new("RGB", (8, 8)), tmp_path / "ant" / "y.jpg", format="PNG")
+    save_image(Image.new("RGB", (8, 8)), tmp_path / "ant" / "picture", format="EPS")
+    (tmp_path / "ant" / "README").write_text("no image")
+    (tmp_path / "ant" / "empty").write_bytes(b"")
+    split = image_folder.Folder(tmp_path, *PLAIN)
+    assert names(split, tmp_path / "ant") == ["0.png", *(f"image{i}" for i in range(7)), "x.JFIF", "y.jpg"]
+    assert split.ignored == {"without a suffix": 3}
+    [(images, labels)] = split.test_batches((4, 4), 20, CPU)
+    assert labels.tolist() == [0] * 10
+    equal(images[:, 0].mean(dim=(1, 2)), [0, *[200] * 7, 0, 0], atol=3)
+
+
+def test_files_with_a_suffix_are_not_opened(tmp_path, monkeypatch):
+    folder_with(tmp_path, "ant/0.png", "ant/b/1.jpg", "bee/2.gif")
+    (tmp_path / "ant" / "notes.txt").write_text("no image")
+    monkeypatch.setattr(Image, "open", lambda *args, **kwargs: pytest.fail("opened"))
+    assert len(image_folder.Folder(tmp_path, *PLAIN)) == 3
+
+
+def test_what_is_left_out_is_counted_and_said_in_one_line(tmp_path, capsys):
+    """Hidden files and folders, as macOS and notebooks leave them; other suffixes; what is in no class."""
+    folder_with(tmp_path, "train/ant/1.png", "train/.ipynb_checkpoints/1.png", "train/ant/.ipynb_checkpoints/2.png")
+    folder_with(tmp_path, "train/ant/._1.png", "train/2.png", "val/ant/1.png")
+    for name in ("train/notes.txt", "train/ant/a.txt", "train/ant/b.TXT", "train/ant/deep/c.heic"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("no image")
+    pets = image_folder.load(tmp_path)
+    assert pets.classes == ["ant"]
+    assert (len(pets.train), len(pets.test)) == (1, 1)
+    assert pets.train.ignored == {"hidden": 3, "outside the classes": 2, ".txt": 2, ".heic": 1}
+    assert pets.test.ignored == {}
+    [line] = capsys.readouterr().out.splitlines()
+    assert line == f"{tmp_path}/train: 8 files are left out: 3 hidden, 2 outside the classes, 2 .txt, 1 .heic"
+
+
+def test_links_that_lead_round_in_a_circle_are_left_out(tmp_path):
+    """To a folder above, be it the split's or that of all data; to one that is read already; to itself; to nothing."""
+    folder_with(tmp_path, "data/train/ant/1.png", "data/train/ant/b/2.png", "data/val/ant/9.png", "other/c/3.png")
+    train = tmp_path / "data" / "train"
+    links = {
+        "ant/up": "..",
+        "ant/top": "../..",
+        "ant/b/back": "..",
+        "ant/again": "b",
+        "ant/other": "../../../other",
+        "ant/one.png": "../../../other/c/3.png",
+        "ant/self": "self",
+        "ant/gone": "nothing",
+        "ant/gone.png": "nothing.png",
+        "ant/b/self.png": "self.png",
+        "round": ".",
+        "above": "../..",
+        "bee": "../../other",
+    }
+    for name, target in links.items():
+        (train / name).symlink_to(target)
+    split = image_folder.Folder(train, *PLAIN)
+    assert split.classes == ["ant", "bee"], "a link to another place may be a class"
+    found = names(split, train)
+    assert found[0] == "ant/1.png"
+    assert sorted(Path(name).name for name in found[1:-1]) == ["2.png", "3.png", "one.png"]
+    assert found[-1] == "bee/c/3.png"
+    assert split.ignored == {"broken links": 4, "links to a folder that is read already": 4, "outside the classes": 2}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize("name", ["a.png", "a"])
+def test_named_pipes_and_sockets_are_no_images(name, tmp_path, monkeypatch):
+    """To open a pipe waits for ever for who writes to it."""
+    folder_with(tmp_path, "ant/1.png")
+    monkeypatch.chdir(tmp_path)  # a socket's path is short
+    os.mkfifo(tmp_path / "ant" / name)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(f"ant/s{name}")
+        split = image_folder.Folder(tmp_path, *PLAIN)
+    assert names(split, tmp_path) == ["ant/1.png"]
+    assert split.ignored == {"pipes, sockets or devices": 2}
+
+
+def test_long_names_and_names_that_are_no_utf8_are_read(tmp_path, capfd):
+    """A path of some 600 bytes. Of a broken image, and of a class, the name is printed with the bytes as numbers."""
+    deep = tmp_path / "ant" / ("x" * 200) / ("y" * 200)
+    save_image(Image.new("RGB", (8, 8)), deep / f"{'z' * 200}.png")
+    odd = os.fsencode(tmp_path) + b"/\xff\xfe"
+    try:
+        os.mkdir(odd)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    for i in range(20):
+        Image.new("RGB", (8, 8)).save(os.fsdecode(odd + b"/\xe9%d.png" % i))
+    with open(odd + b"/\xe90.png", "wb"):
+        pass
+    split = image_folder.Folder(tmp_path, *PLAIN)
+    assert split.classes == ["ant", "\\xff\\xfe"]
+    labels = torch.cat([labels for _, labels in split.test_batches((4, 4), 8, CPU)])
+    assert sorted(labels.tolist()) == [-1, 0, *[1] * 19]
+    assert list(split.unreadable) == [f"{tmp_path}/\\xff\\xfe/\\xe90.png"]
+    "".join([*split.unreadable, *split.classes]).encode()
+    assert "\\xe90.png" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_may_not_be_read_is_refused(tmp_path):
+    folder_with(tmp_path, "train/ant/b/1.png", "val/ant/1.png")
+    (tmp_path / "train" / "ant" / "b").chmod(0)
+    with refusal(tmp_path / "train" / "ant" / "b", "ermission", "make it readable"):
+        image_folder.load(tmp_path)
+    (tmp_path / "train" / "ant" / "b").chmod(0o700)
+
+
+def test_a_folder_that_can_not_be_read_is_refused(tmp_path, monkeypatch):
+    folder_with(tmp_path, "ant/1.png")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("ant"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with refusal(tmp_path / "ant", "Permission denied", "make it readable"):
+        image_folder.Folder(tmp_path, *PLAIN)
+
+
+# ---------------------------------------------------------------------------------------------
+# Processes
+# ---------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("cores", "processes", "expected"), [(8, 1, 8), (8, 2, 4), (8, 3, 2), (1, 4, 1), (32, 1, 32), (200, 2, 32)]
 )
@@ -222,6 +390,114 @@ def test_cores_are_shared_by_the_processes_of_a_machine(cores, processes, expect
     monkeypatch.setattr(image_folder.distributed, "LOCAL_WORLD_SIZE", processes)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
     assert image_folder.workers() == expected
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_any_number_of_workers_decodes_the_same_batches(count, tmp_path):
+    """Also none: then this process does. A part of a split keeps the number."""
+    folder_of(pixels(7, 3, 12, 10), tmp_path)
+    split = image_folder.Folder(tmp_path, *PLAIN)
+    expected = list(split.train_batches((8, 6), 6, range(2), 0, (0.2, 1.0), CPU))
+    split.workers = count
+    split = split.part(torch.arange(7))
+    batches, before = split.train_batches((8, 6), 6, range(2), 0, (0.2, 1.0), CPU), multiprocessing.active_children()
+    ours = [next(batches)]
+    assert len(set(multiprocessing.active_children()) - set(before)) == count
+    assert same([*ours, *batches], expected)
+
+
+def test_workers_end_when_batches_are_no_longer_wanted(tmp_path):
+    """By an error in the loop, or at the end of the program, when the traceback still holds the batches."""
+    folder_of(pixels(7, 3, 12, 10), tmp_path)
+    split = image_folder.Folder(tmp_path, *PLAIN)
+    split.workers, before = 2, set(multiprocessing.active_children())
+
+    def running():
+        return set(multiprocessing.active_children()) - before
+
+    batches = split.train_batches((8, 6), 6, range(9), 0, (0.2, 1.0), CPU)
+    next(batches)
+    assert len(running()) == 2
+    del batches
+    gc.collect()
+    assert not running()
+    kept = [split.train_batches((8, 6), 6, range(9), 0, (0.2, 1.0), CPU) for _ in range(2)]
+    for batches in kept:
+        next(batches)
+    assert len(running()) == 4
+    image_folder.end_all_workers()
+    assert not running()
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+import torch
+from engine import image_folder
+
+if __name__ == "__main__":
+    split = image_folder.Folder(Path(sys.argv[1]), (0.5,) * 3, (0.5,) * 3)
+    split.workers = 2
+    for images, labels in split.train_batches((8, 8), 4, range(1000), 0, (0.2, 1.0), torch.device("cpu")):
+        raise {error}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", ["RuntimeError('in a step')", "MemoryError", "SystemExit(1)", "KeyboardInterrupt"])
+def test_a_program_with_an_error_in_the_middle_of_batches_ends(error, tmp_path):
+    """With all its processes: what they print to is closed, else the test would wait for that."""
+    folder_with(tmp_path, *(f"ant/{i}.png" for i in range(8)))
+    program = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(error=error), str(tmp_path)],
+        cwd=Path(image_folder.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert program.returncode != 0
+    assert error.split("(")[0] in program.stderr or "SystemExit" in error
+    assert "ignored" not in program.stderr
+
+
+@pytest.mark.slow
+def test_processes_that_are_not_forks_decode_the_same(tmp_path, monkeypatch):
+    """As Windows and macOS start them: what they get is pickled."""
+    folder_of(pixels(7, 3, 12, 10), tmp_path)
+    split = image_folder.Folder(tmp_path, *PLAIN)
+    split.workers, split.randaugment = 1, 9.0
+    expected = list(split.train_batches((8, 6), 6, range(2), 0, (0.2, 1.0), CPU))
+    loader = torch.utils.data.DataLoader
+    monkeypatch.setattr(torch.utils.data, "DataLoader", functools.partial(loader, multiprocessing_context="spawn"))
+    assert same(split.train_batches((8, 6), 6, range(2), 0, (0.2, 1.0), CPU), expected)
+
+
+def test_what_workers_get_can_be_pickled(tmp_path):
+    folder_of(pixels(3, 3, 12, 10), tmp_path)
+    split = image_folder.Folder(tmp_path, *PLAIN)
+    again = pickle.loads(pickle.dumps((split, image_folder.ignore_signals)))[0]
+    assert torch.equal(again[[[1]], (8, 8), None, [None]][0], split[[[1]], (8, 8), None, [None]][0])
+
+
+def test_a_machine_that_says_nothing_of_its_cores_has_workers(monkeypatch):
+    """As macOS and Windows, which have no affinities."""
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert image_folder.workers() == 6
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert image_folder.workers() == 1
+
+
+def test_an_image_for_which_memory_is_out_is_not_called_broken(tmp_path, monkeypatch):
+    folder_of(pixels(3, 3, 12, 10), tmp_path)
+    split = image_folder.Folder(tmp_path, *PLAIN)
+
+    def no_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(image_folder, "read_image", no_memory)
+    with pytest.raises(MemoryError):
+        split[[[1]], (8, 8), None, [None]]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -324,18 +600,23 @@ def test_transparent_gifs_and_webps_are_on_white(tmp_path):
         assert to_rgb_of(clear, tmp_path / name) == [255, 255, 255], name
 
 
-@pytest.mark.parametrize("lab", [(0, 0, 0), (255, 0, 0), (138, 80, 67), (100, 208, 40)])
+@pytest.mark.parametrize(
+    "lab", [(0, 0, 0), (255, 0, 0), (128, 0, 0), (140, 30, -20), (180, -20, 40), (100, -30, 20), (150, 40, 40)]
+)
 def test_cielab_becomes_srgb(lab, tmp_path):
-    """Against scikit-image. Of 8 bits L is of 255 in place of 100; a and b are signed."""
-    a, b = (v - 256 * (v > 127) for v in lab[1:])
-    oracle = 255 * skimage.color.lab2rgb([[[lab[0] / 2.55, a, b]]], illuminant="D50")[0, 0]
-    with io.BytesIO() as content:  # Pillow's LAB has a and b + 128 in memory, and turns the bit in a file
-        Image.new("LAB", (9, 9), (lab[0], a + 128, b + 128)).save(content, "TIFF")
-        stored = Image.open(io.BytesIO(content.getvalue()))
-        assert stored.getpixel((0, 0)) == (lab[0], a + 128, b + 128)
-    assert to_rgb_of(Image.new("LAB", (9, 9), (lab[0], a + 128, b + 128)), tmp_path / "a.tiff") == pytest.approx(
-        oracle, abs=3
-    )
+    """Against scikit-image, which adapts to the white point in another way: that is up to 9 levels.
+
+    Of 8 bits L is of 255 in place of 100; a and b are signed, in memory Pillow adds 128 to them.
+    """
+    L, a, b = lab
+    oracle = 255 * skimage.color.lab2rgb([[[L / 2.55, a, b]]])[0, 0]
+    ours = to_rgb_of(Image.new("LAB", (9, 9), (L, a + 128, b + 128)), tmp_path / "a.tiff")
+    assert np.abs(ours - oracle).max() < 10
+
+
+def test_hue_saturation_value_becomes_rgb():
+    """No file that is read has it."""
+    assert image_folder.to_rgb(Image.new("HSV", (1, 1), (0, 255, 255))).getpixel((0, 0)) == (255, 0, 0)
 
 
 # Stored type, the largest value in the file, a value, and what it is of 255.
@@ -465,7 +746,7 @@ def test_an_image_is_turned_as_its_exif_orientation_says(orientation, suffix, tm
     upright = Image.fromarray(picture.repeat(40, axis=0).repeat(40, axis=1))  # 240 x 160
     for crop, draw, box in (
         (None, None, (15, 10, 225, 150)),
-        ((1.0, 1.0), crop_draw(0.9, 0.5, 0.0, 0.5, 0.5), (0, 0, 240, 160)),  # 208 x 185 is too high; 3 / 2 is allowed
+        ((0.8, 0.8), crop_draw(0.9, 0.5, 0.5, 0.5, 0.5), (13, 9, 228, 152)),  # 215 x 143, aspect 3 / 2
         ((0.25, 0.25), crop_draw(0.9, 0.5, 0.5, 0.0, 0.999), (120, 0, 240, 80)),
     ):
         oracle = np.asarray(upright.resize((30, 20), Image.Resampling.BICUBIC, box)).transpose(2, 0, 1)
@@ -790,6 +1071,27 @@ def test_a_folder_in_which_nothing_can_be_decoded_is_refused(tmp_path, monkeypat
     with refusal("65 images in a row", "repair or remove", error=image_folder.UnreadableImages):
         next(split.train_batches((4, 4), 4, range(20), 0, (0.2, 1.0), CPU))
     capfd.readouterr()
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "eps", "tiff"])
+def test_a_file_can_not_start_a_program(suffix, tmp_path, monkeypatch):
+    """PostScript by any name: Pillow hands it to Ghostscript, an interpreter."""
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args: started.append(args) or Image.new("RGB", (8, 8)))
+    file = tmp_path / f"image.{suffix}"
+    Image.new("RGB", (8, 8)).save(file, "EPS")
+    with pytest.raises(Image.UnidentifiedImageError):
+        image_folder.read_image(file, (8, 8), None, None)
+    assert not started
+
+
+@pytest.mark.parametrize("kind", ["PCX", "TGA", "ICO", "PDF", "SGI", "DDS", "MSP"])
+def test_formats_that_are_not_listed_are_not_read(kind, tmp_path):
+    """Whatever Pillow knows besides, by whatever name."""
+    file, image = tmp_path / "image.png", Image.new("1" if kind == "MSP" else "RGB", (16, 16))
+    image.save(file, kind)
+    with pytest.raises(Image.UnidentifiedImageError):
+        image_folder.read_image(file, (8, 8), None, None)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
