@@ -512,7 +512,7 @@ PAIRS = [  # what training scripts call the weights, and their average over the 
 @pytest.mark.parametrize("names", PAIRS, ids="-".join)
 def test_weights_or_their_average_are_told_apart_by_name(names, save):
     """In either order, however deep the average stands, and as beginnings of names in one dict, too."""
-    raw = filled(small(depth=1).state_dict())
+    raw = filled(square(depth=1).state_dict())
     average = {name: value + 1 for name, value in raw.items()}
     for content in (
         {names[0]: raw, names[1]: average, "epoch": 3},
@@ -532,7 +532,7 @@ WORDS = "model state_dict model_state_dict net network module ema model_ema stat
 @pytest.mark.parametrize("name", [*WORDS.split(), "weights", "backbone", "my model"])
 def test_a_file_with_one_model_gives_it_to_both(name, save):
     """Whatever it is called: there is no other."""
-    state = filled(small().state_dict())
+    state = filled(square(depth=1).state_dict())
     path = save({name: state}, "vit.pth")
     same(weights.read(path, which="student"), state)
     same(weights.read(path, which="teacher"), state)
@@ -1235,7 +1235,7 @@ KINDS_WITH_FILTERS = {
     "patch_embed.proj.weight": lambda in_chans: square(in_chans=in_chans),
     "stem.conv.weight": lambda in_chans: resnet.create("resnet50", depths=(1,), num_classes=5, in_chans=in_chans),
     "patch_embed.backbone.stem.conv.weight": lambda in_chans: resnet.create(
-        "r50_vit_b16", 32, num_classes=5, in_chans=in_chans, dim=8, depth=1, num_heads=2
+        "r50_vit_b16", 32, num_classes=5, in_chans=in_chans, dim=8, depth=1, num_heads=2, backbone=(1,)
     ),
 }
 
