@@ -83,6 +83,16 @@ def test_epochs_are_permutations_that_follow_without_a_gap(n, batch_size):
         assert sorted(seen[first : first + n]) == list(range(n)), f"epoch {first // n} is no permutation"
 
 
+@pytest.mark.parametrize(("n", "batch_size"), [(10, 5), (7, 3), (5, 12)])
+def test_more_of_the_order_is_what_comes_next(n, batch_size):
+    """In it is found what stands in for an image that can't be decoded."""
+    batches = torch.cat([data.batch_indices(n, batch_size, step, seed=0) for step in range(20)])
+    for step in range(4):
+        first = step * batch_size
+        ours = data.batch_indices(n, batch_size, step, seed=0, more=9)
+        assert torch.equal(ours, batches[first : first + batch_size + 9])
+
+
 def test_the_order_is_a_function_of_seed_and_epoch_alone():
     first = [data.batch_indices(100, 50, step, seed=3) for step in range(6)]
     data.epoch_order.cache_clear()
@@ -320,6 +330,33 @@ def test_photographs_in_a_frame_give_what_bare_images_give(crop, size):
     batches = (split.train_batches(size, 4, range(2), 0, crop, CPU) for split in (bare, framed))
     for (a, _), (b, _) in zip(*batches, strict=True):
         equal(b, a.numpy(), "train: the frame is taken for the image", FLOAT32_PIXELS)
+
+
+@pytest.mark.parametrize("kind", ["memory", "photographs"])
+@pytest.mark.parametrize("crop", [None, 0, (0.2, 0.2), "test"])
+@pytest.mark.parametrize("size", [(20, 40), (40, 20), (30, 30)])
+def test_nothing_is_squeezed_whatever_the_shape(kind, crop, size):
+    """What is trained on and what is tested has the same aspect, but for the 3/4 to 4/3 of random resized crops.
+
+    Red grows by the row, green by the column, both by one level a pixel: their ratio tells how much is squeezed.
+    """
+    if kind == "photographs" and crop == 0:
+        pytest.skip("photographs are not padded")
+    ramp = torch.zeros(1, 3, 100 if kind == "memory" else 200, 120, dtype=torch.uint8)
+    ramp[:, 0], ramp[:, 1] = torch.arange(ramp.shape[2])[:, None], torch.arange(120)
+    split = split_of(kind, ramp, 50)
+    batches = (
+        split.test_batches(size, 1, CPU) if crop == "test" else split.train_batches(size, 20, range(1), 0, crop, CPU)
+    )
+    images, _ = next(batches)
+    height = images[:, 0, -6].mean(dim=1) - images[:, 0, 5].mean(dim=1)  # of all rows but eleven, in pixels
+    width = (images[:, 1, :, -6].mean(dim=1) - images[:, 1, :, 5].mean(dim=1)).abs()
+    squeezed = height / (size[0] - 11) / width * (size[1] - 11)
+    if isinstance(crop, tuple):
+        assert (3 / 4 - 0.05 < squeezed.min()) & (squeezed.max() < 4 / 3 + 0.05)
+        assert float(squeezed.log().mean()) == pytest.approx(0, abs=0.15)
+    else:
+        equal(squeezed, np.ones(len(squeezed)), "squeezed", 0.02)
 
 
 def test_many_crops_come_from_one_photograph():
@@ -845,6 +882,40 @@ def test_a_damaged_cifar_archive_is_refused_by_its_name(name, damage, tmp_path):
     changed = {"cut": content[: len(content) // 2], "overwritten": b"x" * len(content), "empty": b""}
     (tmp_path / CIFAR[name]).write_bytes(changed.get(damage, content))
     with refusal(tmp_path / CIFAR[name], "damaged", "delete"):
+        data.load(name, data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("label", [10, 200])
+def test_a_label_outside_the_classes_of_fashion_mnist_is_refused(label, tmp_path, monkeypatch):
+    """It would fail far from the cause, on a GPU without a word that helps."""
+    sizes = {"images": (60_000, 28, 28), "labels": (60_000,)}
+    for name in IDX[:2]:
+        values = np.zeros(sizes["images" if "images" in name else "labels"], np.uint8)
+        if "labels" in name:
+            values[77] = label
+        write_idx(tmp_path / "fashion-mnist" / name, values)
+    with refusal(tmp_path / "fashion-mnist" / IDX[1], f"the label {label}", "0 to 9", "delete"):
+        data.load("fashion-mnist", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("name", CIFAR)
+@pytest.mark.parametrize("damage", ["label", "names", "text", "empty"])
+def test_labels_and_names_of_cifar_that_do_not_fit_are_refused(name, damage, tmp_path):
+    """A label without a class; another number of names; names that are no text; no image."""
+    members, _ = cifar_members(name)
+    names, *_, last = members
+    n, position = (10, 0) if name == "cifar10" else (100, 1)
+    words = {"label": (f"the label {n}", f"0 to {n - 1}"), "names": (f"{n - 1} classes, not {n}",), "text": ("utf-8",)}
+    if damage == "label":
+        content = bytearray(members[last])
+        content[position] = n
+        members[last] = bytes(content)
+    elif damage == "empty":
+        members[last] = b""
+    else:
+        members[names] = b"\xff\xfe" if damage == "text" else b"\n".join(members[names].split()[1:])
+    (tmp_path / CIFAR[name]).write_bytes(archive(members))
+    with refusal(tmp_path / CIFAR[name], "damaged", *words.get(damage, ("no image",)), "delete"):
         data.load(name, data_dir=tmp_path)
 
 

@@ -619,38 +619,35 @@ def test_hue_saturation_value_becomes_rgb():
     assert image_folder.to_rgb(Image.new("HSV", (1, 1), (0, 255, 255))).getpixel((0, 0)) == (255, 0, 0)
 
 
-# Stored type, the largest value in the file, a value, and what it is of 255.
+# Stored type, the largest value in the file, a value, and what it is of 255; which files can have it.
 RANGES = {
-    "16 bits": ("<u2", 65535, 32768, 128),
-    "16 bits, big-endian": (">u2", 65535, 32768, 128),
-    "12 bits in 16": ("<u2", 4095, 2048, 128),
-    "12 bits in 16, big-endian": (">u2", 4095, 2048, 128),
-    "12 bits in 16, darker": ("<u2", 300, 160, 10),
-    "8 bits in 16": ("<u2", 255, 77, 77),
-    "8 bits in 32": ("<i4", 255, 77, 77),
-    "12 bits in 32": ("<i4", 4000, 2048, 128),
-    "16 bits in 32": ("<i4", 65535, 32768, 128),
-    "floats up to 1": ("<f4", 1.0, 0.5, 128),
-    "floats up to 255": ("<f4", 255.0, 77.0, 77),
-    "floats up to 65535": ("<f4", 65535.0, 32896.0, 128),
-    "floats up to 1, darker": ("<f4", 0.4, 0.2, 51),
+    "16 bits": ("<u2", 65535, 32768, 128, "tiff png pgm"),
+    "16 bits, big-endian": (">u2", 65535, 32768, 128, "tiff png"),
+    "12 bits in 16": ("<u2", 4095, 2048, 128, "tiff png pgm"),
+    "12 bits in 16, big-endian": (">u2", 4095, 2048, 128, "tiff png"),
+    "12 bits in 16, darker": ("<u2", 300, 160, 10, "tiff"),
+    "8 bits in 16": ("<u2", 255, 77, 77, "tiff png pgm"),
+    "8 bits in 32": ("<i4", 255, 77, 77, "tiff"),
+    "12 bits in 32": ("<i4", 4000, 2048, 128, "tiff"),
+    "16 bits in 32": ("<i4", 65535, 32768, 128, "tiff"),
+    "floats up to 1": ("<f4", 1.0, 0.5, 128, "tiff pfm"),
+    "floats up to 1, darker": ("<f4", 0.4, 0.2, 51, "tiff pfm"),
+    "floats up to 255": ("<f4", 255.0, 77.0, 77, "tiff pfm"),
+    "floats up to 65535": ("<f4", 65535.0, 32896.0, 128, "tiff pfm"),
 }
 
 
-@pytest.mark.parametrize("suffix", ["tiff", "png", "pgm", "pfm"])
 @pytest.mark.parametrize("kind", RANGES)
-def test_grey_of_other_types_is_scaled_by_the_range_that_holds_it(kind, suffix, tmp_path):
+def test_grey_of_other_types_is_scaled_by_the_range_that_holds_it(kind, tmp_path):
     """White is the end of the smallest of 8, 12 and 16 bits, or of 1, 255 and 65,535, that holds all values."""
-    dtype, largest, value, level = RANGES[kind]
-    if {"tiff": False, "png": dtype[1] != "u", "pgm": dtype != "<u2", "pfm": dtype[1] != "f"}[suffix]:
-        pytest.skip("there are no such files")
+    dtype, largest, value, level, suffixes = RANGES[kind]
     values = np.full((16, 16), value, dtype)
     values[:8] = largest
-    image = Image.fromarray(values)
-    file = save_image(image, tmp_path / f"image.{suffix}")
-    ours = image_folder.read_image(file, (16, 16), None, None, crop_pct=1.0)
-    assert ours[:, 15].float().mean() == pytest.approx(level, abs=1)
-    assert torch.equal(ours[:1].expand(3, -1, -1), ours)
+    for suffix in suffixes.split():
+        file = save_image(Image.fromarray(values), tmp_path / f"image.{suffix}")
+        ours = image_folder.read_image(file, (16, 16), None, None, crop_pct=1.0)
+        assert ours[:, 15].float().mean() == pytest.approx(level, abs=1), suffix
+        assert torch.equal(ours[:1].expand(3, -1, -1), ours)
 
 
 @pytest.mark.parametrize(
@@ -786,6 +783,26 @@ def test_a_very_narrow_image_can_be_cropped(size, tmp_path):
     for crop, draw in ((None, None), ((0.08, 1.0), crop_draw(0.9, 0.0, JUST_BELOW_1, JUST_BELOW_1, 0.0))):
         ours = image_folder.read_image(file, (4, 6), crop, draw)
         equal(ours, np.broadcast_to([[[10]], [[20]], [[30]]], (3, 4, 6)))
+
+
+@pytest.mark.parametrize("size", [(40, 80), (80, 40), (60, 60)])
+def test_nothing_is_squeezed_whatever_the_shape(size, tmp_path):
+    """Red grows by the row, green by the column, both by one level a pixel: a training crop changes their ratio by at
+    most 4/3 either way, from 1; a test crop keeps it. The aspect of a crop is relative to that of what it becomes."""
+    ramp = np.zeros((200, 240, 3), np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.arange(200)[:, None], np.arange(240)
+    file = save_image(Image.fromarray(ramp), tmp_path / "image.png")
+
+    def stretch(crop, draw):
+        red, green, _ = image_folder.read_image(file, size, crop, draw).float()
+        return float(
+            (red[-5].mean() - red[5].mean()) / (size[0] - 10) * (size[1] - 10) / (green[:, -5] - green[:, 5]).mean()
+        )
+
+    assert stretch(None, None) == pytest.approx(1, abs=0.03)
+    for draw, ratio in ((0.0, 4 / 3), (0.5, 1), (JUST_BELOW_1, 3 / 4)):
+        ours = stretch((0.2, 0.2), crop_draw(0.9, 0.5, draw, 0.5, 0.5))
+        assert ours == pytest.approx(ratio, rel=0.05)
 
 
 @pytest.mark.parametrize(("side", "share"), [(32, 7 / 8), (224, 7 / 8), (256, 1.0)])
