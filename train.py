@@ -599,7 +599,8 @@ def run(config, dataset, model, out, checkpoint, origin, params):
             distributed.print0(ending.how_to_go_on(out))
             return 128 + stopped
         last = distributed.from_rank0(lambda: run_folder.last_line(out))
-        scores = {name: last[name] for name in ("top1", "top5", "test_rec", "test_correlation") if name in last}
+        names = "top1", "top5", "test_rec", "test_correlation", "test_object_auc", "test_hard_ratio"
+        scores = {name: last[name] for name in names if name in last}
         seconds = last["seconds"]
     if distributed.RANK == 0:
         report.finish(config, dataset, out, scores, seconds, params)

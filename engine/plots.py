@@ -19,8 +19,8 @@ CURVES = {  # axis: what is drawn there, training first
         ("correlation", "training"),
         ("test_correlation", "test, random masks"),
     ),
-    "ROC AUC of the teacher's prediction for objects (0.5: chance)": (("test_object_auc", "test"),),
-    "loss with hard masks over that with random ones": (("test_hard_ratio", "test"),),
+    "object AUC of the teacher (chance: 0.5)": (("test_object_auc", "test"),),
+    "loss under hard masks / random masks": (("test_hard_ratio", "test"),),
 }
 COLORS = ("#0072B2", "#D55E00")  # told apart by the colour-blind, too
 

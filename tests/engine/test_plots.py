@@ -78,7 +78,7 @@ def test_curves_show_what_the_teacher_knows_of_objects(tmp_path, figures):
         [("test", [[1, 0.8], [2, 0.8]])],
         [("test", [[1, 1.2], [2, 1.2]])],
     ]
-    assert [title.split()[0] for title, _ in shown] == ["reconstruction", "rank", "ROC", "loss"]
+    assert [title.split()[0] for title, _ in shown] == ["reconstruction", "rank", "object", "loss"]
     assert len(figures[0][0].axes) == 4
 
 
