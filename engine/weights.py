@@ -31,7 +31,7 @@ import torch
 from torch.nn import functional as F
 
 import vit
-from engine import files
+from engine import distributed, files
 
 # ---------------------------------------------------------------------------------------------
 # Layouts
@@ -723,7 +723,8 @@ def load_frozen(target, arch, img_size, source, in_chans=3):
 
     DINO's have timm's names. CLIP's visual tower has its own, one more LayerNorm, no bias in E, the quick GELU and a
     projection at the end, which becomes our head. The model has the student's architecture, so that patches
-    correspond; raises ValueError, with both sizes, for weights of another patch size or width.
+    correspond; what was adapted or not used is printed. Raises ValueError, with both sizes, for weights of another patch
+    size or width, and for those that lack a part.
     """
     state, said = clip_state(source) if target == "clip" else recognise(source, which="teacher")
     options = dict(num_classes=0)
@@ -737,7 +738,8 @@ def load_frozen(target, arch, img_size, source, in_chans=3):
                 raise ValueError(f"{source}: its {what} is {theirs.shape[axis]}, that of {arch} is {own.shape[axis]}")
     if lacking := [name for name in frozen.state_dict().keys() - state.keys() if not name.endswith("bias")]:
         raise ValueError(f"{source} does not fit: features need its {show(sorted(lacking))}, which is missing")
-    load_state(frozen, state, source, said)
+    for note in load_state(frozen, state, source, said):
+        distributed.print0(f"{source}: {note}")
     return frozen.requires_grad_(False).eval()
 
 

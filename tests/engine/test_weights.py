@@ -1431,10 +1431,11 @@ def test_a_frozen_model_whose_first_layer_is_a_number_is_refused(tiny, save):
         weights.load_frozen("dino", tiny, 12, save(state, "dino.pt"))
 
 
-def test_a_frozen_model_takes_images_of_one_channel(tiny, save):
+def test_a_frozen_model_takes_images_of_one_channel_and_says_so(tiny, save, capsys):
     dino = oracles.filled(vit.create(tiny, 12, 0)).float()
     frozen, grey = weights.load_frozen("dino", tiny, 12, save(dino.state_dict(), "dino.pt"), 1), random(2, 1, 12, 12)
     oracles.equal(frozen.encode(grey), dino.encode(grey.expand(-1, 3, -1, -1)).detach().double().numpy(), atol=1e-4)
+    assert capsys.readouterr().out.endswith("dino.pt: patch_embed.proj.weight summed over 3 channels, for 1\n")
 
 
 @pytest.mark.parametrize("target", ["dino", "clip"])
