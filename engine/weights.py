@@ -5,8 +5,9 @@ the names of this project (timm's for the encoder, those of `hpm.Autoencoder` fo
 
     layouts     whose names are they? timm, DeiT, DINO, MAE, HPM, Hugging Face, Google: tables of pairs
     files       torch, safetensors and NumPy files, told apart by their first bytes; nothing in them is run
-    read        a file or URL, out of what a training script saved around the model, under our names
-    load        into a model, whatever its image size; what did not fit is said
+    read        a file or URL, out of what a training script saved around the model, under our names; what it says of
+                itself: the names of its classes, the grid of its positions
+    load        into a model, whatever its image size, channels and classes; what did not fit is said
     frozen      DINO and CLIP, whose features are targets of HPM
     write       our weights as a file that timm or Hugging Face's transformers loads, too
 
@@ -723,8 +724,8 @@ def load_frozen(target, arch, img_size, source, in_chans=3):
 
     DINO's have timm's names. CLIP's visual tower has its own, one more LayerNorm, no bias in E, the quick GELU and a
     projection at the end, which becomes our head. The model has the student's architecture, so that patches
-    correspond; what was adapted or not used is printed. Raises ValueError, with both sizes, for weights of another patch
-    size or width, and for those that lack a part.
+    correspond; what was adapted or not used is printed. Raises ValueError, with both sizes, for weights of another
+    patch size or width, and for those that lack a part.
     """
     state, said = clip_state(source) if target == "clip" else recognise(source, which="teacher")
     options = dict(num_classes=0)
