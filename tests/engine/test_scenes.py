@@ -81,6 +81,23 @@ def inside_loops(item):
     return inside
 
 
+def test_an_item_is_what_is_bright_and_what_lies_between():
+    """Bright is above 8. A hole is inside; a gap that is open to one side is not, as that between two legs."""
+    rng = np.random.default_rng(0)
+    items = np.where(rng.random((8, 28, 28)) < 0.06, rng.integers(0, 256, (8, 28, 28)), rng.integers(0, 9, (8, 28, 28)))
+    np.testing.assert_array_equal(
+        scenes.silhouette(torch.from_numpy(items).float()), [inside_loops(item) for item in items]
+    )
+    legs = torch.zeros(28, 28)
+    legs[4:24, 8:20] = 9
+    legs[8:24, 12:16] = 0
+    for turns in range(4):
+        inside = scenes.silhouette(legs.rot90(turns)).rot90(-turns)
+        assert torch.equal(inside, (legs > 0).float())
+    legs[23] = 9  # a skirt with a hole
+    assert scenes.silhouette(legs)[8:24, 12:16].all()
+
+
 def scene_loops(split, index, draw):
     """The scene that these numbers give: image (3, side, side) in [0, 255], coverage (S, side, side), items (S,)."""
     side, quarters = split.canvas, split.quarters
