@@ -5,8 +5,8 @@ Autoencoders Are Scalable Vision Learners* (He et al., CVPR 2022, arXiv 2111.063
 differ between its versions, so they go by name.
 
 A masked autoencoder hides most patches of an image and learns to reconstruct them. HPM also learns which patches are
-hard to reconstruct, and hides those: the teacher, a slow copy of the student, looks at the whole image, predicts a
-loss for every patch, and sets the student its task. This file has HPM's order:
+hard to reconstruct, and hides those: the teacher, a slow copy of the student, looks at the image, predicts a loss for
+every patch, and sets the student its task. This file has HPM's order:
 
     masks           which patches to hide: random, block, grid      M
     targets         what to reconstruct: pixels, HOG, features      𝒯
@@ -39,10 +39,7 @@ MASKS = {"random": 1, "block": 5, "grid": 1, "hard": 1}  # by name: how many num
 
 
 def count_hidden(patches, ratio):
-    """How many of `patches` are hidden: N - int(N (1 - ratio)), as in MAE's code.
-
-    Raises ValueError unless at least one patch is visible and two are hidden (a pair to compare).
-    """
+    """How many are hidden: N - int(N (1 - ratio)), MAE's. Raises ValueError unless 2, a pair, are, and 1 is visible."""
     if not 0 < ratio < 1:
         raise ValueError(f"mask ratio {ratio} is out of range; give a number between 0 and 1, as 0.75")
     hidden = patches - int(patches * (1 - ratio))
@@ -52,41 +49,34 @@ def count_hidden(patches, ratio):
 
 
 def hide_largest(score, hidden):
-    """Hide the `hidden` patches with the largest score, in every image: (B, N) -> mask (B, N) bool.
-
-    A count, not a threshold, so that every image has as many visible tokens and a batch stays a rectangle.
-    """
-    index = score.topk(hidden, dim=1).indices  # (B, n)
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(1, index, True)
+    """Hide the `hidden` largest of every image, a count, so that a batch stays a rectangle: (B, N) -> (B, N) bool."""
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(1, score.topk(hidden, dim=1).indices, True)
 
 
 def random_mask(noise, ratio):
-    """Hide patches at random (MAE): noise (B, N) -> mask (B, N) bool, exactly `count_hidden` True in every row."""
+    """Hide patches at random (MAE): noise (B, N) -> mask (B, N) bool, `count_hidden` True in every row."""
     return hide_largest(noise, count_hidden(noise.shape[1], ratio))
 
 
 def block_mask(draw, grid, ratio):
-    """Hide rectangles until the ratio is reached (BEiT's masking): draw (B, N, 5) -> mask (B, N) bool, the count exact.
+    """Hide rectangles until the ratio is reached (BEiT's masking, MAE's "block"): draw (B, N, 5) -> mask (B, N) bool.
 
     Each row of `draw` proposes a rectangle of whole patches by its first four numbers: the area, uniform from 8 to 25 %
     of the grid (at least 4 patches); the aspect ratio, height over width, log-uniform from 0.3 to 1 / 0.3; top and
-    left, every place equally likely. They are laid one after the other. Of the one that covers too much, the fifth
-    number of each patch decides which patches are hidden; so it does where 40 rectangles do not cover enough.
+    left, every place equally likely. They are laid in order. Of the one that covers too much, and of what 40 leave
+    uncovered, the fifth number of each patch decides which patches are hidden.
     """
-    (rows, columns), device = grid, draw.device
-    area, aspect, top, left = draw[:, :40, :4, None].unbind(dim=2)  # each (B, 40, 1)
-    area = (rows * columns * (0.08 + 0.17 * area)).clamp(min=4)
-    aspect = 0.3 ** (1 - 2 * aspect)
+    (rows, columns), (area, aspect, top, left) = grid, draw[:, :40, :4, None].unbind(dim=2)  # each (B, 40, 1)
+    area, aspect = (rows * columns * (0.08 + 0.17 * area)).clamp(min=4), 0.3 ** (1 - 2 * aspect)
     height = (area * aspect).sqrt().round().clamp(max=rows)
     width = (area / aspect).sqrt().round().clamp(max=columns)
     top, left = (top * (rows - height + 1)).floor(), (left * (columns - width + 1)).floor()
-    row, column = torch.arange(rows, device=device), torch.arange(columns, device=device)
+    row, column = (torch.arange(n, device=draw.device) for n in grid)
     in_rows, in_columns = (row >= top) & (row < top + height), (column >= left) & (column < left + width)
     inside = (in_rows[..., :, None] & in_columns[..., None, :]).flatten(2)  # (B, 40, N)
     # The earlier a patch is covered, the larger its score, and the surer it is hidden.
-    order = torch.arange(inside.shape[1], 0, -1, dtype=torch.uint8, device=device)[:, None]
-    score = (inside * order).amax(dim=1)  # (B, N)
-    return hide_largest(score + draw[..., 4], count_hidden(rows * columns, ratio))
+    order = torch.arange(inside.shape[1], 0, -1, dtype=torch.uint8, device=draw.device)[:, None]
+    return hide_largest((inside * order).amax(dim=1) + draw[..., 4], count_hidden(rows * columns, ratio))
 
 
 def grid_mask(noise, grid, ratio):
@@ -100,7 +90,12 @@ def grid_mask(noise, grid, ratio):
 
 
 def split_mask(mask, hidden):
-    """Indices of the visible and of the hidden patches, in order: mask (B, N), n in each row -> (B, v), (B, n)."""
+    """Indices of the visible and of the hidden patches, in order: mask (B, N), n in each row -> (B, v), (B, n).
+
+    Raises ValueError for a row with another number, on the CPU; elsewhere the host would have to wait to see it.
+    """
+    if mask.device.type == "cpu" and (counts := {sum(row) for row in mask.tolist()}) != {hidden}:
+        raise ValueError(f"the mask hides {sorted(counts)} patches in a row; hide {hidden} (True) in each")
     order = mask.int().argsort(dim=1, stable=True)  # False comes first
     return order.split([mask.shape[1] - hidden, hidden], dim=1)
 
@@ -110,6 +105,7 @@ def split_mask(mask, hidden):
 FROZEN_TARGETS = ("dino", "clip")  # features of a model that others have trained
 FEATURE_TARGETS = ("ema", *FROZEN_TARGETS)
 TARGETS = ("pixels", "norm-pixels", "hog", *FEATURE_TARGETS)
+METRICS = ("l2", "smooth-l1", "cosine", "cross-entropy")
 
 
 def normalise_patches(patches):
@@ -127,35 +123,25 @@ def hog(images, patch_size, bins=9):
 
     Central differences, zero at the image's border; the orientation, without sign, falls into one of `bins` bins and is
     weighted by its magnitude; a histogram for each channel and each cell of 8 x 8 pixels (or of the whole patch, if 8
-    does not divide it) is scaled to length 1. features = cells in a patch * C * bins: cells row by row, in each
-    the channels, in each the bins.
+    does not divide it) is scaled to length 1. A patch: its cells row by row, in each the channels, in each the bins.
     """
-    B, C, H, W = images.shape
-    cell = 8 if patch_size % 8 == 0 else patch_size
+    (B, C, H, W), cell = images.shape, 8 if patch_size % 8 == 0 else patch_size
     down = F.pad(images[:, :, 2:] - images[:, :, :-2], (0, 0, 1, 1))
     along = F.pad(images[..., 2:] - images[..., :-2], (1, 1))
-    magnitude = (down**2 + along**2).sqrt()
     angle = torch.atan2(down, along) % math.pi  # [0, π)
     which = (angle * (bins / math.pi)).long().clamp(max=bins - 1)  # in float32 an angle just below 0 becomes π
-    votes = torch.zeros(B, C, bins, H, W, device=images.device, dtype=images.dtype)
-    votes.scatter_(2, which[:, :, None], magnitude[:, :, None])
+    votes = images.new_zeros(B, C, bins, H, W).scatter_(2, which[:, :, None], (down**2 + along**2).sqrt()[:, :, None])
     cells = F.avg_pool2d(votes.flatten(1, 2), cell)  # (B, C * bins, rows of cells, columns of cells)
     cells = F.normalize(cells.unflatten(1, (C, bins)), dim=2, eps=1e-5).flatten(1, 2)
     return vit.patchify(cells, patch_size // cell)  # the cells of a patch, side by side
 
 
-METRICS = ("l2", "smooth-l1", "cosine", "cross-entropy")
-
-
 def reconstruction_loss(prediction, target, metric="l2"):
-    """L_rec, patch by patch: 𝓜(prediction, target), (B, n, d), (B, n, d) -> (B, n).
+    """L_rec, patch by patch: 𝓜(prediction, target), (B, n, d), (B, n, d) -> (B, n). Raises ValueError for other names.
 
-    metric  "l2"             mean of squared differences
-            "smooth-l1"      mean of ½ d² for a difference d below 1, |d| - ½ above
-            "cosine"         squared distance of the unit vectors, 2 - 2 cos
-            "cross-entropy"  distillation: of softmax(prediction) with softmax(target)
-
-    Called with the hidden patches alone: a visible one has nothing to reconstruct. Raises ValueError for other names.
+    "l2": mean of squared differences; "smooth-l1": of ½ d² for a difference d below 1, |d| - ½ above; "cosine": squared
+    distance of the unit vectors, 2 - 2 cos; "cross-entropy": distillation, of softmax(prediction) with softmax(target).
+    Called with the hidden patches alone: a visible one has nothing to reconstruct.
     """
     if metric == "l2":
         return (prediction - target).square().mean(dim=-1)
@@ -172,11 +158,7 @@ def reconstruction_loss(prediction, target, metric="l2"):
 
 
 class Decoder(nn.Module):
-    """Blocks on all tokens, then one linear map for the last of them: d_φ and d_ψ, (B, T, d) -> (B, last, outputs).
-
-    With P*P*C outputs it reconstructs, with one it predicts the loss. (The official code averages 768 outputs of the
-    predictor to one number; one linear output is the same function.)
-    """
+    """Blocks on all tokens, then one linear map for the last of them: d_φ and d_ψ, (B, T, d) -> (B, last, outputs)."""
 
     def __init__(self, dim, depth, num_heads, outputs):
         super().__init__()
@@ -187,14 +169,18 @@ class Decoder(nn.Module):
     def forward(self, z, last):
         for block in self.blocks:
             z = block(z)
-        return self.pred(self.norm(z[:, -last:]))
+        z = self.norm(z[:, -last:])
+        if self.pred.out_features > 1:
+            return self.pred(z)
+        # A loss. Autocast leaves a product and a sum in float32; in bfloat16 many of 196 predictions would be equal.
+        return (z * self.pred.weight).sum(dim=-1, keepdim=True) + self.pred.bias
 
 
 class Autoencoder(nn.Module):
     """MAE's asymmetric autoencoder: the encoder sees visible patches alone, the decoders see mask tokens too.
 
     Both decoders start from the same tokens: latent ones for visible patches, a learned mask token for hidden ones,
-    each with its position. MAE has no loss predictor (None).
+    each with its position. MAE has no loss predictor (None), HPM's teacher no decoder.
     """
 
     def __init__(self, encoder, outputs, dim, depth, num_heads, loss_predictor=True):
@@ -202,14 +188,15 @@ class Autoencoder(nn.Module):
         self.encoder = encoder
         self.decoder_embed = nn.Linear(encoder.dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        positions = vit.sincos_pos_embed(dim, encoder.grid, encoder.num_prefix_tokens)
-        self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
+        self.decoder_pos_embed = nn.Parameter(vit.sincos_pos_embed(dim, encoder.grid, encoder.num_prefix_tokens), False)
         self.decoder = Decoder(dim, depth, num_heads, outputs)
         self.loss_predictor = Decoder(dim, depth, num_heads, 1) if loss_predictor else None
-        for part in (self.decoder_embed, self.decoder, self.loss_predictor):
-            if part is not None:
-                vit.init_weights(part)
+        for part in (self.decoder_embed, self.decoder, *([self.loss_predictor] if loss_predictor else [])):
+            vit.init_weights(part)
         nn.init.normal_(self.mask_token, std=0.02)
+        if loss_predictor:  # the mean of P*P*C outputs in HPM's code: the same function as one, if it starts as theirs
+            rows = nn.init.xavier_uniform_(torch.empty(encoder.patch_embed.proj.weight[0].numel(), dim))
+            self.loss_predictor.pred.weight.data = rows.mean(dim=0, keepdim=True)
 
     def decoder_tokens(self, latent, visible, hidden):
         """What the decoders start from: (B, 1 + v, D) and indices (B, v), (B, n) -> (B, 1 + v + n, d).
@@ -226,7 +213,7 @@ class Autoencoder(nn.Module):
     def forward(self, images, visible, hidden):
         """Reconstruct the hidden patches, and predict how well that goes, from the visible ones.
 
-        images (B, C, H, W), indices (B, v), (B, n) -> prediction (B, n, outputs), predicted loss (B, n) or None.
+        images (B, C, H, W), indices (B, v), (B, n) -> prediction (B, n, outputs), predicted loss (B, n), or None.
         """
         latent = self.encoder.encode(images, visible)  # f_θ(x ⊙ M), (B, 1 + v, D)
         z, n = self.decoder_tokens(latent, visible, hidden), hidden.shape[1]
@@ -237,8 +224,7 @@ class Autoencoder(nn.Module):
         """L̂ = d_ψ(f_θ(x)): the predicted loss of every patch of the whole image (B, N), and the features (B, N, D).
 
         The predictor is trained on mask tokens, and asked here about visible patches: a mismatch that the authors
-        acknowledge. It takes training to bridge: in short runs this prediction is close to chance, while the student's,
-        of hidden patches, is good already. No reconstruction; without a loss predictor the loss is None.
+        acknowledge. In short runs the answer is close to chance. Without a loss predictor the loss is None.
         """
         latent = self.encoder.encode(images)  # (B, 1 + N, D)
         z, N = self.decoder_embed(latent) + self.decoder_pos_embed, math.prod(self.encoder.grid)
@@ -248,18 +234,13 @@ class Autoencoder(nn.Module):
 
 # --- Predicted loss: how it is learned, and how it guides the mask, from easy to hard --------
 
-PREDICTORS = ("relative", "absolute", "none")
-
 
 def absolute_loss(predicted, true):
     """L_pred, absolute: squared error against the true losses, standardised within each image.
 
-    predicted, true (B, n), hidden patches alone -> a scalar, the mean over patches. Standardised as in
-    `normalise_patches`. `true` is a target: no gradient flows into it.
+    predicted, true (B, n), hidden patches alone -> a scalar. `true` is a target: no gradient flows into it.
     """
-    true = true.detach()
-    mean, variance = true.mean(dim=1, keepdim=True), true.var(dim=1, keepdim=True)
-    return (predicted - (true - mean) / (variance + 1e-6).sqrt()).square().mean()
+    return (predicted - normalise_patches(true.detach())[0]).square().mean()
 
 
 def relative_loss(predicted, true):
@@ -268,7 +249,6 @@ def relative_loss(predicted, true):
     - Σ_i Σ_{j≠i} 1⁺_ij log σ(L̂_i - L̂_j) - Σ_i Σ_{j≠i} 1⁻_ij log(1 - σ(L̂_i - L̂_j)), over the number of pairs with 1⁺
     or 1⁻; 1⁺_ij is 1 where the true loss of i is larger than that of j, 1⁻_ij where it is smaller; equal ones are no
     pair. predicted, true (B, n), hidden patches alone -> a scalar, 0 without any pair. No gradient flows into `true`.
-
     As 1 - σ(x) = σ(-x), a pair adds the same to both sums, once as (i, j) and once as (j, i): the mean over all pairs
     is the mean over those with 1⁺. And -log σ(x) = softplus(-x), without a log to overflow.
     """
@@ -282,10 +262,7 @@ def relative_loss(predicted, true):
 
 @torch.no_grad()
 def rank_correlation(predicted, true):
-    """Spearman's rank correlation, averaged over images: (B, n), (B, n) -> a scalar in [-1, 1].
-
-    Says whether the loss predictor knows which patches are hard. Ties are ranked in order of place.
-    """
+    """Spearman's, averaged over images: (B, n), (B, n) -> a scalar in [-1, 1]. Ties are ranked in order of place."""
     ranks = [v.argsort(dim=1, stable=True).argsort(dim=1).float() for v in (predicted, true)]
     a, b = (r - r.mean(dim=1, keepdim=True) for r in ranks)
     return F.cosine_similarity(a, b, dim=1).mean()
@@ -297,10 +274,9 @@ def hard_fraction(t, T, alpha_0=0.0, alpha_T=0.5):
 
 
 def hard_mask(predicted_loss, noise, ratio, hard_fraction):
-    """Hide the patches that are predicted to be the hardest, and others at random.
+    """Hide the patches that are predicted to be the hardest, and others at random: both (B, N) -> mask (B, N) bool.
 
-    predicted_loss, noise (B, N) -> mask (B, N) bool with `count_hidden` True in each row: int(hidden * hard_fraction)
-    of them have the largest predicted loss, the rest are drawn from all the others.
+    `count_hidden` in each row; int(hidden * hard_fraction) have the largest predicted loss, the rest are any others.
     """
     hidden = count_hidden(predicted_loss.shape[1], ratio)
     hardest = predicted_loss.topk(int(hidden * hard_fraction), dim=1).indices
@@ -309,14 +285,16 @@ def hard_mask(predicted_loss, noise, ratio, hard_fraction):
 
 # --- HPM: the teacher, and one step ----------------------------------------------------------
 
+PREDICTORS = ("relative", "absolute", "none")  # how the student's loss predictor learns
+TEACHERS = ("whole", "in-turn")  # what it is shown: the image (HPM's), or one part of it after another (ours)
+
 
 @torch.no_grad()
 def ema_update(teacher, student, momentum):
     """θ_t ← m θ_t + (1 - m) θ_s, for every parameter that the teacher has; all in one call."""
     source = dict(student.named_parameters())
     pairs = [(p, source[name]) for name, p in teacher.named_parameters() if source[name].requires_grad]
-    mine, theirs = zip(*pairs, strict=True)
-    torch._foreach_lerp_(mine, theirs, 1 - momentum)
+    torch._foreach_lerp_(*zip(*pairs, strict=True), 1 - momentum)
 
 
 def ema_momentum(epoch, start=0.999, end=0.9999, ramp=100):
@@ -324,114 +302,87 @@ def ema_momentum(epoch, start=0.999, end=0.9999, ramp=100):
     return start + min(1.0, epoch / ramp) * (end - start)
 
 
-TEACHERS = ("whole", "in-turn")  # what it is shown: the image (HPM), or one group of its patches after another (ours)
+def hide_in_turn(noise, hidden):
+    """In turn (ours), each patch is shown once, beside as many others as a student sees: noise (B, N), n -> (B, G, N).
 
-
-def split_in_turn(noise, hidden):
-    """Split the patches of each image at random into groups as large as a student's visible part (ours).
-
-    noise (B, N), n -> indices: G groups (B, G, v), and for each all other patches, hidden in its turn, (B, G, n).
-    G = max(⌈N / v⌉, ⌈N / n⌉), the fewest that show and hide every patch at least once: 4 at a ratio of 75 %. Patches
-    in the noise's order are a ring, and groups begin at equal distances on it; where v * G > N, neighbours overlap.
+    In each of the G turns n are hidden (True), and v are shown, those from the turn's place on in a ring, the order of
+    the noise. G = max(⌈N / v⌉, ⌈N / n⌉), so that each is hidden, too; where v * G > N, some are shown more than once.
     """
-    N, device = noise.shape[1], noise.device
-    groups = max(math.ceil(N / hidden), math.ceil(N / (N - hidden)))  # G
-    begin = torch.arange(groups, device=device) * N // groups  # (G,)
-    ring = (begin[:, None] + torch.arange(N, device=device)) % N  # (G, N)
-    order = noise.argsort(dim=1, stable=True)[:, ring]  # (B, G, N)
-    return order.split([N - hidden, hidden], dim=2)
+    N = noise.shape[1]
+    turns = max(math.ceil(N / hidden), math.ceil(N / (N - hidden)))  # G
+    place = torch.arange(turns, device=noise.device)[:, None] * N // turns  # (G, 1)
+    rank = noise.argsort(dim=1, stable=True).argsort(dim=1)  # (B, N)
+    return (rank[:, None] - place) % N >= N - hidden
 
 
-def average_in_turn(predicted, hidden, patches):
-    """L̂_i = mean over the groups V without i of [L̂_i(V) - mean over j ∉ V of L̂_j(V)] (ours).
+def average_in_turn(predicted, mask):
+    """L̂_i = mean over the turns g in which i is hidden of [L̂_i(g) - mean over j of L̂_j(g)] (ours).
 
-    predicted, hidden (B, G, n): L̂(V) of the patches that were hidden while V was shown, and their indices; N = patches,
-    each hidden at least once -> (B, N).
-
-    Patches are compared within a pass, so the relative loss leaves every pass an offset of its own, which says nothing:
-    hence less its mean. That is a mean of other patches in each pass, but the groups are random, so their true means
-    are alike, and each patch is compared with n of N - 1 others. Solving for the offsets (least squares) would be exact
-    without noise; with it, Spearman's gains 0.002 at 75 %, and loses at 25 %, where passes share few hidden patches.
+    predicted (B, G, n): L̂(g) of the patches j that are hidden in turn g, in order; mask (B, G, N): True for these, each
+    patch at least once -> (B, N). The relative loss compares within a turn, so it leaves each an offset of its own:
+    hence less its mean. That is the mean of other patches in each turn, but of random ones, and of most of them.
     """
-    empty = predicted.new_zeros(*hidden.shape[:2], patches)  # (B, G, N)
-    centred = empty.scatter(2, hidden, predicted - predicted.mean(dim=2, keepdim=True))  # 0 for patches of V
-    times = empty.scatter(2, hidden, 1.0).sum(dim=1)  # in how many passes each was hidden
-    return centred.sum(dim=1) / times
+    predicted = predicted - predicted.mean(dim=2, keepdim=True)
+    place = (mask.cumsum(dim=2) - 1).clamp(min=0)  # (B, G, N): which of its turn's n predictions is the patch's
+    return predicted.gather(2, place).masked_fill(~mask, 0).sum(dim=1) / mask.sum(dim=1)
 
 
 class HPM(nn.Module):
     """Student, teacher, and what happens between them in one step.
 
-    student     an `Autoencoder`; without a loss predictor and with a mask other than "hard" this is MAE
-    mask        one of `MASKS`;  target: one of `TARGETS`;  metric: one of `METRICS`
-    predictor   one of `PREDICTORS`, how the student's loss predictor learns; "none" if it has none
-    frozen      the ViT whose features are the target, for `FROZEN_TARGETS`
-    teacher     one of `TEACHERS`, how it is asked for hard masks
+    student    an `Autoencoder`; without a loss predictor and with a mask other than "hard" this is MAE
+    predictor  one of `PREDICTORS`, "none" if it has none;  mask, target, metric: of `MASKS`, `TARGETS`, `METRICS`
+    frozen     the ViT whose features are the target, for `FROZEN_TARGETS`;  teacher: of `TEACHERS`, how it is asked
 
-    The teacher exists only if something asks for it: hard masks, or its features as the target. It has no
-    reconstruction decoder, for nobody would run it. `noise_columns`: how many numbers of noise a step needs for
-    each patch; if the teacher is asked in turn, the last one splits. Raises ValueError for parts that do not fit.
+    There is a teacher if something asks for it: hard masks, or its features as the target. `noise_columns`: how many
+    numbers of noise a step needs for each patch. Raises ValueError for parts that do not fit.
     """
 
-    def __init__(
-        self, student, mask_ratio=0.75, mask="hard", target="pixels", metric="l2", predictor="relative", frozen=None,
-        teacher="whole",
-    ):  # fmt: skip
+    def __init__(self, student, mask_ratio=0.75, mask="hard", target="pixels", metric="l2", predictor="relative",
+                 frozen=None, teacher="whole"):  # fmt: skip
         super().__init__()
         if mask == "hard" and predictor == "none":
             raise ValueError("hard masks need a loss predictor: use predictor relative or absolute, or another mask")
         if mask != "hard" and teacher == "in-turn":
             raise ValueError(f"{mask} masks ask no teacher: use teacher whole, or mask hard to have it asked in turn")
-        self.student, self.frozen = student, frozen
-        self.mask_ratio, self.mask, self.in_turn = mask_ratio, mask, teacher == "in-turn"
-        self.target, self.metric, self.predictor = target, metric, predictor
-        self.noise_columns = MASKS[mask] + self.in_turn
+        self.student, self.frozen, self.mask, self.mask_ratio = student, frozen, mask, mask_ratio
+        self.target, self.metric, self.predictor, self.in_turn = target, metric, predictor, teacher == "in-turn"
+        self.noise_columns = MASKS[mask] + self.in_turn  # the last one splits
         self.hidden = count_hidden(math.prod(student.encoder.grid), mask_ratio)  # n
-        self.teacher = None
-        if mask == "hard" or target == "ema":
-            self.teacher = copy.deepcopy(student).requires_grad_(False)
-            self.teacher.decoder = None
-
-    def check_noise(self, images, noise):
-        """Raise ValueError for noise that is not (B, N), or (B, N, noise_columns) if that is more than one."""
-        wanted = (len(images), math.prod(self.student.encoder.grid), self.noise_columns)
-        wanted = wanted[:2] if self.noise_columns == 1 else wanted
-        if noise.shape != wanted:
-            raise ValueError(f"noise has the shape {tuple(noise.shape)}; {self.mask} masks need {wanted} here")
+        self.teacher = copy.deepcopy(student).requires_grad_(False) if mask == "hard" or target == "ema" else None
+        if self.teacher:
+            self.teacher.decoder = None  # nobody would run it
 
     @torch.no_grad()
     def ask_teacher(self, images, noise=None):
         """L̂ᵗ (B, N), and the features f_θt(x) (B, N, D); None for what there is not.
 
-        whole    L̂ᵗ = d_ψt(f_θt(x))
-        in-turn  `average_in_turn` of d_ψt(f_θt(x_V)), x_V one group of the patches: asked as the student is taught. All
-                 groups are one batch of G * B. noise: the step's; without it L̂ᵗ is None. Features only for "ema".
+        Whole: L̂ᵗ = d_ψt(f_θt(x)). In turn: `average_in_turn` of d_ψt(f_θt(x_g)), x_g what is shown in turn g, as the
+        student is taught; one batch of B * G. noise: the step's; without it nobody is asked in turn. The features are
+        those of the whole x, in turn for "ema" alone. Raises ValueError for noise of another shape.
         """
-        if self.teacher is None:
-            return None, None
+        N, columns = math.prod(self.student.encoder.grid), self.noise_columns
+        wanted = (len(images), N, columns) if columns > 1 else (len(images), N)
+        if noise is not None and noise.shape != wanted:
+            raise ValueError(f"noise has the shape {tuple(noise.shape)}; {self.mask} masks need {wanted} here")
         if not self.in_turn:
-            return self.teacher.predict_loss(images)
-        N = math.prod(self.student.encoder.grid)
+            return self.teacher.predict_loss(images) if self.teacher else (None, None)
         features = self.teacher.encoder.encode(images)[:, -N:] if self.target == "ema" else None
         if noise is None:
             return None, features
-        self.check_noise(images, noise)
-        visible, hidden = split_in_turn(noise[..., -1], self.hidden)  # (B, G, v), (B, G, n)
-        images = images.repeat_interleave(hidden.shape[1], dim=0)  # (B * G, C, H, W)
-        _, predicted = self.teacher(images, visible.flatten(0, 1), hidden.flatten(0, 1))  # (B * G, n)
-        return average_in_turn(predicted.view_as(hidden), hidden, N), features
+        mask = hide_in_turn(noise[..., -1], self.hidden)  # (B, G, N)
+        images = images.repeat_interleave(mask.shape[1], dim=0)  # (B * G, C, H, W)
+        _, predicted = self.teacher(images, *split_mask(mask.flatten(0, 1), self.hidden))  # (B * G, n)
+        return average_in_turn(predicted.view(len(mask), -1, self.hidden), mask), features
 
     def draw_mask(self, images, noise, predicted_loss, hard_fraction):
-        """The mask of each image that this noise gives: (B, N) bool. Raises ValueError for noise of another shape."""
-        self.check_noise(images, noise)
+        """The mask of each image that this noise gives: (B, N) bool."""
         grid, noise = self.student.encoder.grid, noise[..., 0] if self.in_turn else noise
         if self.mask == "hard":
             return hard_mask(predicted_loss, noise, self.mask_ratio, hard_fraction)
-        if self.mask == "block":
-            return block_mask(noise, grid, self.mask_ratio)
-        if self.mask == "grid":
-            return grid_mask(noise, grid, self.mask_ratio)
-        return random_mask(noise, self.mask_ratio)
+        if self.mask == "random":
+            return random_mask(noise, self.mask_ratio)
+        return (block_mask if self.mask == "block" else grid_mask)(noise, grid, self.mask_ratio)
 
     @torch.no_grad()
     def targets(self, images, features=None):
@@ -450,16 +401,13 @@ class HPM(nn.Module):
         """One step: its losses, and all that led to them, by name.
 
         images (B, C, H, W); noise (B, N), or (B, N, noise_columns) if that is more than one; hard_fraction: α_t;
-        mask (B, N): hide these in place of drawing a mask, as many in each row as mask_ratio says; noise may be None.
+        mask (B, N): hide these in place of drawing a mask, n in each row; noise may be None.
 
-        loss             L = L_rec + L_pred, to be minimised
-        rec, pred        its two parts; rec is the mean of patch_loss
-        correlation      Spearman's, between predicted_loss and patch_loss
+        loss, rec, pred  L = L_rec + L_pred, to be minimised, and its two parts; rec is the mean of patch_loss
+        correlation      Spearman's, between predicted_loss and patch_loss; neither it nor pred without a loss predictor
         mask             (B, N) bool; hidden (B, n), visible (B, v): the indices, in order
         prediction       (B, n, outputs);  patch_loss (B, n), predicted_loss (B, n): the student's, for hidden patches
         teacher_loss     (B, N): what the teacher predicted, for all patches
-
-        Without a loss predictor there is no pred and no correlation, and loss is rec.
         """
         teacher_loss, features = self.ask_teacher(images, noise)  # L̂ᵗ = d_ψt(f_θt(x)), (B, N)
         if mask is None:
@@ -479,8 +427,7 @@ class HPM(nn.Module):
         return out
 
 
-# Decoders by the encoder's width: dim, depth, heads. 512/8/16 is the papers', the smaller ones are ours.
-DECODERS = {64: (64, 2, 4), 192: (128, 4, 4), 384: (256, 4, 8)}
+DECODERS = {64: (64, 2, 4), 192: (128, 4, 4), 384: (256, 4, 8)}  # ours, by D: dim, depth, heads; the papers' 512/8/16
 
 
 def create(arch, img_size=224, in_chans=3, target="pixels", predictor="relative", teacher="whole", **options):
@@ -490,13 +437,16 @@ def create(arch, img_size=224, in_chans=3, target="pixels", predictor="relative"
     gelu of the encoder; decoder = (dim, depth, heads). Raises ValueError for unknown names and parts that do not fit.
     """
     options.setdefault("metric", "cosine" if target in FEATURE_TARGETS else "l2")
-    given = dict(target=target, predictor=predictor, teacher=teacher, metric=options["metric"])
-    given["mask"] = options.get("mask", "hard")
-    for (name, value), allowed in zip(given.items(), (TARGETS, PREDICTORS, TEACHERS, METRICS, MASKS), strict=True):
+    words = dict(target=(target, TARGETS), predictor=(predictor, PREDICTORS), teacher=(teacher, TEACHERS))
+    words |= dict(mask=(options.get("mask", "hard"), MASKS), metric=(options["metric"], METRICS))
+    for name, (value, allowed) in words.items():
         if value not in allowed:
             raise ValueError(f"unknown {name} {value!r}; there are {', '.join(allowed)}")
+    if "_vit_" in arch or arch.startswith("resnet"):
+        raise ValueError(f"{arch} has convolutions, which would look into hidden patches; use a plain ViT, as vit_b16")
     encoder = vit.create(arch, img_size, 0, in_chans, pos_embed="sincos", gelu=options.pop("gelu", "exact"))
     P, D, frozen = encoder.patch_size, encoder.dim, options.get("frozen")
+    outputs = D if target == "ema" else P * P * in_chans
     if target in FROZEN_TARGETS:
         if frozen is None:
             raise ValueError(f"the target {target} needs a frozen model: give its weights")
@@ -505,8 +455,6 @@ def create(arch, img_size=224, in_chans=3, target="pixels", predictor="relative"
         outputs = frozen.head.out_features if isinstance(frozen.head, nn.Linear) else frozen.dim
     elif target == "hog":
         outputs = hog(torch.zeros(1, in_chans, P, P), P).shape[-1]
-    else:
-        outputs = D if target == "ema" else P * P * in_chans
     size = options.pop("decoder", None) or DECODERS.get(D, (512, 8, 16))
     student = Autoencoder(encoder, outputs, *size, loss_predictor=predictor != "none")
     return HPM(student, target=target, predictor=predictor, teacher=teacher, **options)

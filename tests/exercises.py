@@ -184,9 +184,9 @@ EXERCISES = [
         "of the visible ones; L_pred's gradient let into its target; the teacher's prediction in place of the "
         "student's; indices not in order"),
     Exercise("hpm", "average_in_turn", (23,), "L̂ in turn, ours", 20,
-        "wrong axis: the mean over passes, patches or images; divided by the number of passes in place of those in "
-        "which the patch was hidden; the pass's mean not subtracted, or taken over shown patches too; predictions "
-        "put where they stand in line, not where their patch is"),
+        "wrong axis: the mean over turns, patches or images; divided by the number of turns in place of those in "
+        "which the patch is hidden; a turn's mean not subtracted, or taken over shown patches too; predictions put "
+        "where they stand in line, not where their patch is"),
 ]  # fmt: skip
 
 

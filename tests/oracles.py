@@ -516,20 +516,20 @@ def student_loops(student, image, visible, hidden):
 # ---------------------------------------------------------------------------------------------
 
 
-def split_in_turn_loops(noise, hidden):
-    """The groups of patches, as lists: as few as show and hide each patch, from equal distances on the noise's ring."""
+def shown_in_turn_loops(noise, hidden):
+    """What each turn shows, lists of patches: turns as few as show and hide each, at equal distances on the ring."""
     N = len(noise)
-    ring, groups = sorted(range(N), key=lambda i: noise[i]), 1
-    while groups * (N - hidden) < N or groups * hidden < N:
-        groups += 1
-    return [[ring[(g * N // groups + k) % N] for k in range(N - hidden)] for g in range(groups)]
+    ring, turns = sorted(range(N), key=lambda i: noise[i]), 1
+    while turns * (N - hidden) < N or turns * hidden < N:
+        turns += 1
+    return [[ring[(g * N // turns + k) % N] for k in range(N - hidden)] for g in range(turns)]
 
 
-def average_in_turn_loops(passes, patches):
-    """passes: of each, {hidden patch: its predicted loss} -> of each patch the mean of what it has above its pass's."""
+def average_in_turn_loops(turns, patches):
+    """turns: of each, {hidden patch: its predicted loss} -> of each patch the mean of what it has above its turns'."""
     answers = []
     for i in range(patches):
-        above = [answer[i] - sum(answer.values()) / len(answer) for answer in passes if i in answer]
+        above = [answer[i] - sum(answer.values()) / len(answer) for answer in turns if i in answer]
         answers.append(sum(above) / len(above))
     return answers
 

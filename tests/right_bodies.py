@@ -981,28 +981,30 @@ RIGHT_BODIES["HPM.forward"] = {
 }
 
 RIGHT_BODIES["average_in_turn"] = {
-    "patch after patch": """
-        def average_in_turn(predicted, hidden, patches):
-            out = torch.zeros(len(predicted), patches, dtype=predicted.dtype, device=predicted.device)
-            above = predicted - predicted.mean(dim=-1, keepdim=True)
-            for b in range(len(predicted)):
-                for i in range(patches):
-                    out[b, i] = above[b][hidden[b] == i].mean()
-            return out
+    "one number after the other": """
+        def average_in_turn(predicted, mask):
+            B, G, N = mask.shape
+            answers = [[[] for _ in range(N)] for _ in range(B)]
+            for b in range(B):
+                for g in range(G):
+                    middle = predicted[b, g].mean()
+                    for value, i in zip(predicted[b, g], mask[b, g].nonzero()[:, 0].tolist()):
+                        answers[b][i].append(value - middle)
+            return torch.stack([torch.stack([torch.stack(values).mean() for values in row]) for row in answers])
         """,
-    "a product with one-hot vectors": """
-        def average_in_turn(predicted, hidden, patches):
+    "one-hot vectors": """
+        def average_in_turn(predicted, mask):
             B, G, n = predicted.shape
-            one_hot = F.one_hot(hidden, patches).to(predicted.dtype)  # (B, G, n, N)
+            which = mask.nonzero()[:, 2].reshape(B, G, n)
+            one_hot = F.one_hot(which, mask.shape[2]).to(predicted.dtype)  # (B, G, n, N)
             offset = predicted.sum(dim=2) / n
             total = torch.einsum("bgn,bgni->bi", predicted, one_hot) - torch.einsum("bg,bgni->bi", offset, one_hot)
             return total / one_hot.sum(dim=(1, 2))
         """,
-    "without a number where a patch was shown": """
-        def average_in_turn(predicted, hidden, patches):
-            table = torch.full((*hidden.shape[:2], patches), math.nan, dtype=predicted.dtype, device=predicted.device)
-            table.scatter_(2, hidden, predicted)
-            table -= table.nanmean(dim=2, keepdim=True)
-            return table.nanmean(dim=1)
+    "without a number where a patch is shown": """
+        def average_in_turn(predicted, mask):
+            table = torch.full(mask.shape, math.nan, dtype=predicted.dtype, device=predicted.device)
+            table = table.masked_scatter(mask, predicted)
+            return (table - table.nanmean(dim=2, keepdim=True)).nanmean(dim=1)
         """,
 }

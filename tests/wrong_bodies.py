@@ -1536,66 +1536,60 @@ WRONG_BODIES["HPM.forward"] = (
 
 WRONG_BODIES["average_in_turn"] = (
     """
-    def average_in_turn(predicted, hidden, patches):
-        total = predicted.new_zeros(len(predicted), patches)
+    def average_in_turn(predicted, mask):
+        total = predicted.new_zeros(len(mask), mask.shape[2])
         times = torch.zeros_like(total)
-        for g in range(predicted.shape[1]):
-            answer, index = predicted[:, g], hidden[:, g]
-            answer = answer - answer.mean(dim=1, keepdim=True)
-            total = total.scatter_add(1, index, answer)
-            times = times.scatter_add(1, index, torch.ones_like(answer))
+        for g in range(mask.shape[1]):
+            answer = predicted[:, g] - predicted[:, g].mean(dim=1, keepdim=True)
+            hidden = split_mask(mask[:, g], answer.shape[1])[1]
+            total = total.scatter_add(1, hidden, answer)
+            times = times.scatter_add(1, hidden, torch.ones_like(answer))
         return total / times
     """,
     {
-        "the pass's mean not subtracted": ("answer - answer.mean(dim=1, keepdim=True)", "answer + 0"),
-        "the mean of all passes subtracted": (
-            "answer.mean(dim=1, keepdim=True)",
-            "predicted.mean(dim=(1, 2))[:, None]",
-        ),
-        "the mean over images subtracted": ("answer.mean(dim=1, keepdim=True)", "answer.mean(dim=0, keepdim=True)"),
-        "the mean over all patches": (
-            "answer.mean(dim=1, keepdim=True)",
-            "answer.sum(dim=1, keepdim=True) / patches",
-        ),
-        "the median subtracted": (
-            "answer.mean(dim=1, keepdim=True)",
-            "answer.median(dim=1, keepdim=True).values",
-        ),
-        "the mean subtracted after averaging": (
-            "answer - answer.mean(dim=1, keepdim=True)",
-            "answer + 0",
+        "a turn's mean not subtracted": (" - predicted[:, g].mean(dim=1, keepdim=True)", ""),
+        "the mean of all turns": ("[:, g].mean(dim=1, keepdim=True)", ".mean(dim=(1, 2))[:, None]"),
+        "the mean over images": ("mean(dim=1, keepdim=True)", "mean(dim=0, keepdim=True)"),
+        "the mean over all patches": ("mean(dim=1, keepdim=True)", "sum(dim=1, keepdim=True) / mask.shape[2]"),
+        "the median": ("mean(dim=1, keepdim=True)", "median(dim=1, keepdim=True).values"),
+        "the mean of the average": (
+            " - predicted[:, g].mean(dim=1, keepdim=True)",
+            "",
             "return total / times",
             "return total / times - (total / times).mean(dim=1, keepdim=True)",
         ),
         "standardised": (
-            "answer = answer - answer.mean(dim=1, keepdim=True)",
-            "answer = (answer - answer.mean(dim=1, keepdim=True)) / answer.std(dim=1, keepdim=True)",
+            "hidden = split",
+            "answer = answer / answer.std(dim=1, keepdim=True)\n            hidden = split",
         ),
         "a sum": ("return total / times", "return total"),
-        "over all passes": ("return total / times", "return total / predicted.shape[1]"),
-        "over all passes but one": ("return total / times", "return total / max(1, predicted.shape[1] - 1)"),
-        "the last pass alone": (
-            "total = total.scatter_add(1, index, answer)",
-            "total = total.scatter(1, index, answer)",
+        "over all turns": ("return total / times", "return total / mask.shape[1]"),
+        "over all turns but one": ("return total / times", "return total / max(1, mask.shape[1] - 1)"),
+        "the last turn alone": (
+            "total = total.scatter_add(1, hidden, answer)",
+            "total = total.scatter(1, hidden, answer)",
+            "times = times.scatter_add(1, hidden, torch.ones_like(answer))",
+            "times = times.scatter(1, hidden, torch.ones_like(answer))",
         ),
-        "the last pass, and its one time": (
-            "total = total.scatter_add(1, index, answer)",
-            "total = total.scatter(1, index, answer)",
-            "times = times.scatter_add(1, index, torch.ones_like(answer))",
-            "times = times.scatter(1, index, torch.ones_like(answer))",
+        "the first turn left out": ("range(mask.shape[1])", "range(1, mask.shape[1])"),
+        "where they stand in line": (
+            "split_mask(mask[:, g], answer.shape[1])[1]",
+            "torch.arange(answer.shape[1]).expand_as(answer)",
         ),
-        "the first pass left out": ("range(predicted.shape[1])", "range(1, predicted.shape[1])"),
-        "where they stand in line": ("hidden[:, g]", "hidden[:, g].sort(dim=1).values"),
-        "the groups of the first image": ("hidden[:, g]", "hidden[:1, g].expand(len(hidden), -1)"),
+        "the patches in reverse": (
+            "split_mask(mask[:, g], answer.shape[1])[1]",
+            "split_mask(mask[:, g], answer.shape[1])[1].flip(1)",
+        ),
+        "the turns of the first image": ("mask[:, g], ", "mask[:1, g].expand(len(mask), -1), "),
         "the sign turned": ("return total / times", "return -total / times"),
-        "the answer of the mean image": (
+        "the mean image's": (
             "return total / times",
             "return (total / times).mean(dim=0, keepdim=True).expand_as(total)",
         ),
         "one image loses its axis": ("return total / times", "return (total / times).squeeze(0)"),
         "the predictions changed in place": (
-            "answer = answer - answer.mean(dim=1, keepdim=True)",
-            "answer.sub_(answer.mean(dim=1, keepdim=True))",
+            "predicted[:, g] - predicted[:, g].mean(dim=1, keepdim=True)",
+            "predicted[:, g].sub_(predicted[:, g].mean(dim=1, keepdim=True))",
         ),
     },
 )
