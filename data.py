@@ -324,8 +324,8 @@ NAMES = ("photos", "scenes", "scenes-many", "fashion-mnist", "cifar10", "cifar10
 def load(name, size=(224, 224), data_dir=None):
     """Load a data set by name, see `NAMES`: a `Dataset`.
 
-    size = (H, W) matters to `photos` only, whose photographs are shrunk to suit it. data_dir: where
-    the files of fashion-mnist and cifar are looked for, and kept after a download; default
+    size = (H, W) matters to `photos`, whose photographs are shrunk to suit it, and to scenes, which are square.
+    data_dir: where the files of fashion-mnist and cifar are looked for, and kept after a download; default
     $VIT_DATA, else data/. Raises ValueError for an unknown name, and for files that are missing and
     can't be downloaded, damaged, or not laid out as they should be.
     """
