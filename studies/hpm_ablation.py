@@ -1,8 +1,8 @@
 """HPM, part by part: predicting losses helps, hard masks help more, and their order matters.
 
-The paper's tables (ViT-B/16, ImageNet, 200 epochs, fine-tuned): MAE 82.23 %, L_pred beside random masks 82.49 %, with masks
-from easy to hard 82.95 %; the relative loss (binary cross-entropy of pairs) is 0.18 points above the absolute one (mean
-squared error). Easy to hard is α from 0 to 0.5, hard to easy from 0.5 to 0, always hard 1 to 1.
+The paper's tables (ViT-B/16, ImageNet, 200 epochs, fine-tuned): MAE 82.23 %, L_pred beside random masks 82.49 %, with
+masks from easy to hard 82.95 %; the relative loss (binary cross-entropy of pairs) is 0.18 points above the absolute one
+(mean squared error). Easy to hard is α from 0 to 0.5, hard to easy from 0.5 to 0, always hard 1 to 1.
 """
 
 import sys

@@ -2,8 +2,8 @@
 
 The paper asks the teacher for L̂ of a whole image (section 3.2), though its predictor was only trained on hidden
 patches; the authors acknowledge the mismatch. `--teacher in-turn`, ours, asks it about patches that are hidden from it.
-The oracle (studies/oracle.py) needs no teacher: it hides every patch in turn from the student itself, and knows the true
-loss of each. All see the same images, 2,000 steps of 128 scenes; the encoder is vit_micro8.
+The oracle (studies/oracle.py) needs no teacher: it hides every patch in turn from the student itself, and knows the
+true loss of each. All see the same images, 2,000 steps of 128 scenes; the encoder is vit_micro8.
 
 `object` is the area under the ROC curve of the teacher's map for the patches of the item, 0.5 is chance; `harder` the
 student's loss under the teacher's masks at α_T over that under random ones, 1 is as hard as random.

@@ -1,8 +1,8 @@
 """Class token and mean are alike, if each has its own learning rate: ViT, appendix D.3, figure 9.
 
-The paper: the mean of the patch tokens was worse than the class token at the class token's learning rate (8e-4), and as good
-at one of its own (3e-4). Here vit_micro4 learns Fashion-MNIST with labels, 4 epochs; each way of pooling takes the best of
-four learning rates on a tenth of the training images, then trains on all.
+The paper: the mean of the patch tokens was worse than the class token at the class token's learning rate (8e-4), and
+as good at one of its own (3e-4). Here vit_micro4 learns Fashion-MNIST with labels, 4 epochs; each way of pooling takes
+the best of four learning rates on a tenth of the training images, then trains on all.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Learning without labels helps: ViT, section 4.6, beside MAE and HPM.
 
-The paper (ViT-B/16): masked patch prediction (MPP), then fine-tuning on ImageNet, reaches 79.9 %, 2 points above training
-from scratch. Here all pre-train on the same scenes without labels, and are fine-tuned with 1,000 labels or with all.
+The paper (ViT-B/16): masked patch prediction (MPP), then fine-tuning on ImageNet, reaches 79.9 %, 2 points above
+training from scratch. Here all pre-train on the same scenes without labels, then learn 1,000 labels or all.
 "From scratch" is the same fine-tuning of a model that has made one step at a learning rate of 1e-9.
 """
 
