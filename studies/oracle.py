@@ -16,7 +16,7 @@ import train
 
 @torch.no_grad()
 def true_losses(self, images, noise=None):
-    """In place of hpm.HPM.ask_teacher: the student's losses (B, N), averaged as predictions in turn are; no features."""
+    """In place of hpm.HPM.ask_teacher: the student's losses (B, N), averaged as predictions in turn; no features."""
     if noise is None:
         return None, None
     visible, hidden = hpm.split_in_turn(noise[..., -1], self.hidden)  # (B, G, v), (B, G, n)
