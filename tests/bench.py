@@ -175,6 +175,7 @@ def compiled(models):
     for model in models.values():
         getattr(model, "student", model).compile()
         if getattr(model, "teacher", None) is not None:
+            model.teacher.compile()
             model.teacher.predict_loss = torch.compile(model.teacher.predict_loss)
     return models
 
@@ -186,7 +187,8 @@ def pretraining_step(model, images, args):
     def step():
         inputs = [images]
         if isinstance(model, hpm.HPM):  # noise, and the share of hard patches
-            inputs += [torch.rand(len(images), 196, device=images.device), 0.25]
+            noise = torch.rand(len(images), 196, model.noise_columns, device=images.device)
+            inputs += [noise.squeeze(2), 0.25]
         with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == torch.bfloat16):
             out = model(*inputs)
             loss = out["loss"] if isinstance(out, dict) else out
@@ -389,10 +391,14 @@ def main():
     steps = {key: pretraining_step(model.to(device), images, args) for key, model in models.items()}
     compare("MAE-B/16, one step with AdamW", steps, 3 * B * student, args)
     steps = {f"{key}, MAE": step for key, step in steps.items() if key.startswith("ours")}
-    models = with_compiled({"ours": hpm.create("vit_b16")})
+    in_turn = 4 * encoder_flops(50, 768, 12) + patches + 4 * encoder_flops(197, 512, 8)
+    asked = {"ours": ("whole", teacher), "ours, in turn": ("in-turn", in_turn)}
+    models = {key: hpm.create("vit_b16", teacher=name) for key, (name, _) in asked.items()}
+    models |= compiled(models) if args.compile else {}
     steps |= {key: pretraining_step(model.to(device), images, args) for key, model in models.items()}
     flops = {key: B * 3 * student for key in steps}
-    flops |= {key: B * (3 * (student + encoder_flops(197, 512, 8)) + teacher) for key in models}
+    for key in models:
+        flops[key] = B * (3 * (student + encoder_flops(197, 512, 8)) + asked[key.removesuffix(", compiled")][1])
     seconds = compare("HPM-B/16, one step with AdamW and the teacher's update", steps, flops, args)
     extras(models["ours"], args, seconds)
     if device.type == "cuda":
