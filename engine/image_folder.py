@@ -10,7 +10,6 @@ randaugment    RandAugment, with Pillow
 import atexit
 import collections
 import copy
-import functools
 import itertools
 import math
 import os
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 from tqdm import tqdm
 
 import data
@@ -148,7 +147,7 @@ class Folder(torch.utils.data.Dataset):
                     images[row] = read_image(file, size, crop, draw, self.randaugment, crop_pct)
                     labels[row] = self.labels[index]
                     break
-                except MemoryError:
+                except MemoryError:  # of this machine: that is no fault of the image
                     raise
                 except Exception as error:  # whatever a decoder raises for a broken file
                     unreadable[printable(file)] = (str(error) or type(error).__name__).splitlines()[0]
@@ -225,6 +224,7 @@ ITERATORS = weakref.WeakSet()  # of DataLoaders, with the workers of each
 
 
 def end_workers(iterator):
+    """Tell the workers of a DataLoader's iterator to end, and wait for them. Else that is done when it is collected."""
     if hasattr(iterator, "_shutdown_workers"):  # else there are none
         iterator._shutdown_workers()
 
@@ -253,7 +253,8 @@ def find_images(folder, above=frozenset()):
     files, ignored, folders = [], collections.Counter(), [folder]
     seen = with_parents(folder) | above
     while folders:
-        for entry in os.scandir(folders.pop()):
+        # In order, so that of two ways to a folder the same one is taken everywhere.
+        for entry in sorted(os.scandir(folders.pop()), key=lambda entry: entry.name):
             suffix = os.path.splitext(entry.name)[1].lower().strip(".")
             if entry.name.startswith("."):
                 ignored["hidden"] += 1
@@ -357,8 +358,6 @@ def to_rgb(image):
     """
     if image.mode[0] in "IF":
         image = to_grey(image)
-    elif image.mode == "LAB":
-        image = ImageCms.applyTransform(image, lab_to_rgb())
     elif image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -386,12 +385,6 @@ def to_grey(image):
     if "transparency" in image.info:
         grey = np.where(values == image.info["transparency"], 255, grey)
     return Image.fromarray(grey.round().astype(np.uint8))
-
-
-@functools.cache
-def lab_to_rgb():
-    """CIELab to sRGB."""
-    return ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -435,11 +435,15 @@ from pathlib import Path
 import torch
 from engine import image_folder
 
-if __name__ == "__main__":
+def main():
     split = image_folder.Folder(Path(sys.argv[1]), (0.5,) * 3, (0.5,) * 3)
     split.workers = 2
-    for images, labels in split.train_batches((8, 8), 4, range(1000), 0, (0.2, 1.0), torch.device("cpu")):
+    batches = split.train_batches((8, 8), 4, range(1000), 0, (0.2, 1.0), torch.device("cpu"))  # the traceback has it
+    for images, labels in batches:
         raise {error}
+
+if __name__ == "__main__":
+    main()
 """
 
 
