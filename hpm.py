@@ -427,7 +427,7 @@ class HPM(nn.Module):
         return out
 
 
-DECODERS = {64: (64, 2, 4), 192: (128, 4, 4), 384: (256, 4, 8)}  # ours, by D: dim, depth, heads; the papers' 512/8/16
+DECODERS = {64: (64, 2, 4), 128: (64, 2, 4), 192: (128, 4, 4), 384: (256, 4, 8)}  # ours; the papers': 512, 8, 16
 
 
 def create(arch, img_size=224, in_chans=3, target="pixels", predictor="relative", teacher="whole", **options):
@@ -443,7 +443,7 @@ def create(arch, img_size=224, in_chans=3, target="pixels", predictor="relative"
         if value not in allowed:
             raise ValueError(f"unknown {name} {value!r}; there are {', '.join(allowed)}")
     if "_vit_" in arch or arch.startswith("resnet"):
-        raise ValueError(f"{arch} has convolutions, which would look into hidden patches; use a plain ViT, as vit_b16")
+        raise ValueError(f"{arch} has convolutions, which would see hidden patches; use a plain ViT, as vit_b16")
     encoder = vit.create(arch, img_size, 0, in_chans, pos_embed="sincos", gelu=options.pop("gelu", "exact"))
     P, D, frozen = encoder.patch_size, encoder.dim, options.get("frozen")
     outputs = D if target == "ema" else P * P * in_chans

@@ -94,7 +94,7 @@ def create(arch, img_size, mean, std, **options):
     image of less than two patches.
     """
     if "_vit_" in arch or arch.startswith("resnet"):
-        raise ValueError(f"{arch} has convolutions, which would look into corrupted patches; use a plain ViT, as vit_b16")
+        raise ValueError(f"{arch} has convolutions, which would see corrupted patches; use a plain ViT, as vit_b16")
     encoder = vit.create(arch, img_size, 0, len(mean), **options)
     if math.prod(encoder.grid) < 2:
         raise ValueError("masked patch prediction needs at least two patches; use larger images")

@@ -24,6 +24,7 @@ import torch
 import data
 import hpm
 import vit
+from related import mpp, resnet
 from tests import oracles
 from tests.oracles import equal, filled, random
 
@@ -1661,14 +1662,22 @@ def test_hog_is_made_on_the_device():
         (dict(target="clip"), "^the target clip needs a frozen model: give its weights$"),
         (dict(mask_ratio=0.99), "hides 24 of 24"),
         (dict(arch="r50_vit_b16"), "^r50_vit_b16 has convolutions, .*hidden patches; use a plain ViT, as vit_b16$"),
-        (dict(arch="r_vit_ti16"), "^r_vit_ti16 has convolutions"),
-        (dict(arch="resnet50"), "^resnet50 has convolutions"),
         (dict(arch="vit_tini2"), "^unknown arch 'vit_tini2'; did you mean vit_tiny2"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         hpm.create(**dict(arch="vit_tiny2", img_size=(8, 12), in_chans=1, decoder=(8, 1, 2)) | options)
+
+
+@pytest.mark.parametrize("arch", ["r50_vit_b16", "r_vit_ti16", "resnet50", "resnet101x2"])
+def test_convolutions_are_refused_for_what_they_see(arch):
+    """Their windows reach into patches that are hidden, or corrupted in masked patch prediction; no misspelt name."""
+    assert arch in resnet.ARCHS
+    with pytest.raises(ValueError, match=f"^{arch} has convolutions, which would see hidden patches; use a plain ViT"):
+        hpm.create(arch)
+    with pytest.raises(ValueError, match=f"^{arch} has convolutions, which would see corrupted patches; use a plain"):
+        mpp.create(arch, 224, (0.5,), (0.5,))
 
 
 def test_a_frozen_model_with_another_grid_is_refused():
