@@ -240,6 +240,7 @@ def configure(given):
     check_values(given)
     default(task="supervised")
     check_tasks(given, values.task)
+    check_needed(values)
     if values.init and Path(values.init).is_dir():  # a run's folder
         values.init = str(Path(values.init, "last.pt"))
     default(**trained_with(values.init, values.task))
@@ -433,8 +434,9 @@ def shown(name):
 
 
 def show(value):
-    """A value as it would be typed: (0.0, 0.5) is 0.0,0.5. Of a number with 400 digits, some."""
+    """A value as it would be typed, in one line: (0.0, 0.5) is 0.0,0.5. Of a number with 400 digits, some."""
     text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    text = text if text.isprintable() else repr(text)
     return text if len(text) <= 300 else f"{text[:40]}…"
 
 
@@ -446,6 +448,7 @@ def device_type(config):
 def check(config):
     """Raise ValueError unless a Config is complete, each value of it is possible, and they go together."""
     check_values(config, complete=True)
+    check_needed(config)
     check_together(config)
 
 
@@ -460,7 +463,7 @@ def check_values(config, complete=False):
         words = allowed.words if isinstance(allowed, Range) else ", ".join(allowed or ("a text",))
         if not is_a(value, field.type):
             raise ValueError(
-                f"{name} {show(value)!r} is not possible; give {'true or false' if field.type is bool else words}"
+                f"{name} {show(value)} is not possible; give {'true or false' if field.type is bool else words}"
             )
         if value is None or field.type is bool:
             continue
@@ -493,7 +496,7 @@ def check_text(name, text):
     if not where:
         raise ValueError(f"{name} is empty; give something, or leave it out")
     if any(ord(letter) < 32 or ord(letter) == 127 for letter in where):
-        raise ValueError(f"{name} {show(text)!r} has control characters; rename it")
+        raise ValueError(f"{name} {show(text)} has control characters; rename it")
     if len(where) > 4000 or ("://" not in where and any(len(os.fsencode(part)) > 255 for part in where.split("/"))):
         raise ValueError(f"{name} {where[:40]}… is too long for a path; give a shorter one")
     if where.startswith("~") and os.path.expanduser(where) == where:
@@ -533,12 +536,16 @@ def check_use(given, config):
                 raise ValueError(f"{shown(name)} does nothing {where}; leave it out")
 
 
-def check_together(config):
-    """Raise ValueError for values at odds. What is not known yet may be None."""
+def check_needed(config):
+    """Raise ValueError if the weights or images are missing that a task is about."""
     if config.task in ("linear", *NOT_TRAINED, "finetune") and not config.init:
         raise ValueError(f"--task {config.task} takes weights: give some with --init, as runs/hpm-…/last.pt")
     if config.task == "predict" and not config.images:
         raise ValueError("--task predict needs images: give an image or a folder of them with --images")
+
+
+def check_together(config):
+    """Raise ValueError for values at odds. What is not known yet may be None."""
     if config.task in PRETRAINING and config.arch in resnet.ARCHS:
         raise ValueError(
             f"{config.arch} starts with convolutions, which would look into the masked patches; use a vit_ arch"

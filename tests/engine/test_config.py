@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 import data
 import hpm
+import train
 import vit
 from engine import config as flags
 from engine import distributed, files
@@ -243,3 +245,299 @@ def test_a_process_gets_its_share_of_the_batch_at_once(small, monkeypatch):
     """The default micro-batch."""
     monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
     assert settings(f"{MICRO} --batch-size 8")[0].micro_batch == 4
+
+
+# ---------------------------------------------------------------------------------------------
+# Values, whoever gives them
+# ---------------------------------------------------------------------------------------------
+
+# What somebody may write into a field of config.json, or a program that is not ours.
+EDITS = (
+    None, True, False, 0, 1, -1, 3, 0.0, 0.5, 1.0, -0.5, 2.5, 1e-320, 1e308, math.nan, math.inf, -math.inf, 2**31,
+    2**63, 10**9 + 1, 10**400, "", " ", "0", "1", "0.5", "nan", "cpu", "cls", "none", "photos", "x" * 300, "a\nb",
+    "a\0b", "\ud800",
+    "~nouser/x", "folder:", "folder:~nouser", "../" * 2000, [], [0], [1], [0, 1], [1, 1], [0.5, 0.5], [1, 0], [1, 2, 3],
+    [-1, 4], [None], [None, None], ["a", "b"], [[1, 1], [1, 1]], [True, True], [math.nan, 1], [10**400, 1], [0.2, 0.1],
+    {}, {"a": 1}, [{}],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("field", [field for field in flags.FIELDS if field.metadata["saved"]], ids=lambda f: f.name)
+@pytest.mark.parametrize("command", ["", "--task hpm", "--arch resnet50 --img-size 32"])
+def test_an_edit_of_config_json_is_refused_in_one_line_or_gives_a_possible_configuration(field, command, small):
+    """For each field, each edit, through JSON. What is refused names the file; what is accepted has the right type."""
+    config, _ = settings(f"{MICRO} {command}")
+    saved = flags.saved_values(config)
+    kinds = {int | None: int, float | None: (int, float), float: (int, float), str | None: str}
+    kind = kinds.get(field.type, field.type if field.type in (int, str, bool) else tuple | int)
+    accepted, refused = [], []
+    for edit in EDITS:
+        edited = json.loads(json.dumps(saved | {field.name: edit}))
+        try:
+            accepted.append(flags.resumed(flags.parse(["--resume"]), edited, Path("run/config.json")))
+        except ValueError as error:
+            refused.append(str(error))
+    assert all(message.startswith("run/config.json") for message in refused)
+    assert all("\n" not in message and len(message) < 2000 for message in refused)
+    assert len(accepted) < len(EDITS) / 2, "most of them are nonsense"
+    for again in accepted:
+        value = getattr(again, field.name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        assert isinstance(value, kind) or (value is None and "None" in str(field.type)), value
+        assert isinstance(value, bool) <= (kind is bool)
+        assert all(abs(number) < 1e39 for number in numbers if isinstance(number, int | float)), value
+        json.dumps(flags.saved_values(again), allow_nan=False)
+
+
+# A value of a field and one that is not possible: either way it is given, what is said about it is the same.
+IMPOSSIBLE = {
+    "dtype": "float16", "device": "banana", "task": "train", "arch": "vit_x", "img_size": (10**9, 8), "seed": 2**63,
+    "steps": 10**10, "batch_size": 10**9, "micro_batch": 0, "epochs": 1e308, "lr": (1e39,), "warmup": -1,
+    "weight_decay": math.inf, "mixup": 1e4, "dropout": 1.0, "alpha": (0.0, 2.0), "mask_ratio": 1.0, "init": "",
+    "data": "", "workers": -1, "labels": 10**12, "init_grid": (10**6, 1), "layer_decay": 0.0, "pool": "max",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_the_command_line_and_config_json_are_checked_by_one_rule(name, small):
+    """Given to a new run, given with --resume, or written in the file of a run."""
+    value = IMPOSSIBLE[name]
+    config, _ = settings(MICRO)
+    shown = f"--{name.replace('_', '-')}"
+    said = []
+    for given, saved in (({name: value}, {}), ({}, {name: value})):
+        space = flags.parse(["--resume"])
+        vars(space).update(given)
+        with pytest.raises(ValueError, match=shown) as error:
+            flags.resumed(space, flags.saved_values(config) | saved, Path("run/config.json"))
+        said.append(str(error.value).removeprefix("run/config.json: "))
+    space = flags.parse([])
+    vars(space)[name] = value
+    with pytest.raises(ValueError, match=shown) as error:
+        flags.configure(space)
+    assert {*said, str(error.value)} == {said[0]}
+
+
+HUGE = "9" * 400
+TOO_MUCH = [
+    f"--seed {HUGE}", f"--steps {HUGE}", f"--batch-size {HUGE}", f"--micro-batch {HUGE}", f"--labels {HUGE}",
+    f"--warmup {HUGE}", f"--workers {HUGE}", f"--img-size {HUGE}", f"--img-size 16x{HUGE}", f"--lr {HUGE}",
+    f"--epochs {HUGE}", f"--weight-decay {HUGE}", f"--mixup {HUGE}", f"--cutmix {HUGE}",
+    f"--init x.pt --init-grid {HUGE}",
+    f"--task hpm --alpha 0,{HUGE}", f"--task mae --mask-ratio {HUGE}", f"--device cuda:{HUGE}", f"--dropout 0.{HUGE}",
+    "--epochs 1e308", "--epochs 1e7", "--steps 1000000001",
+    "--img-size 1000000000", "--img-size 4100", "--batch-size 1000000000", "--seed -1", f"--seed {2**63}",
+    "--labels 1000000001", "--workers 1001", "--lr nan", "--lr 1e39", "--mixup 1e308", "--randaugment 1e308",
+    "--steps 3 --warmup 4", "--lr 0.1,0.1", "--lr 0.1,0.10000000001", f"--seed {'9' * 5000}",
+    "--data folder:~nouser", "--data folder:", "--data-dir ~nouser --data fashion-mnist", "--init ~nouser/x.pt",
+    "--out ~nouser/run", "--out=", "--init=", "--data=", "--data-dir=", "--deduplicate=",
+    "--target-weights= --task hpm",
+    f"--out {'x' * 256}", f"--init {'y/' * 3000}", "--out a\nb", "--init a\x01b", "--data folder:a\tb",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", TOO_MUCH, ids=[command[:40] for command in TOO_MUCH])
+def test_impossible_values_are_refused_before_anything_is_loaded(command, small, monkeypatch, capsys):
+    """Numbers have an upper end, too; a path can be one on any system, and a user be there."""
+
+    def load(*_, **__):
+        raise AssertionError("the data is loaded already")
+
+    monkeypatch.setattr(data, "load", load)
+    rest = (
+        "--arch vit_micro4" + " --img-size 16" * ("--img-size" not in command) + " --out run" * ("--out" not in command)
+    )
+    arguments = f"{command} {rest}".split(" ")
+    assert_refused(arguments, capsys)
+    assert not any(Path().iterdir()), "nothing is written"
+
+
+def assert_refused(arguments, capsys):
+    """Exit code 2 and one line, not a long one."""
+    try:
+        code = train.main(arguments)
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, ""), err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1, err
+    assert len(err) < 700
+
+
+def test_a_home_folder_is_found_also_where_the_shell_leaves_its_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    given = flags.parse(["--out=~/runs/a", "--init", "~/w.pt", "--data-dir=~/d", "--images", "~"])
+    assert (given.out, given.init) == ("/home/ann/runs/a", "/home/ann/w.pt")
+    assert (given.data_dir, given.images) == ("/home/ann/d", "/home/ann")
+
+
+# ---------------------------------------------------------------------------------------------
+# Devices
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(small, monkeypatch):
+    """machine(gpus, mps=False, processes=1): what PyTorch and torchrun say."""
+
+    def build(gpus=0, mps=False, processes=1):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setattr(distributed, "WORLD_SIZE", processes)
+        monkeypatch.setattr(distributed, "LOCAL_WORLD_SIZE", processes)
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("device", "there", "words"),
+    [
+        ("cuda", dict(gpus=0), "finds no GPU; use --device cpu"),
+        ("cuda:0", dict(gpus=0), "finds no GPU; use --device cpu"),
+        ("cuda:2", dict(gpus=2), "--device cuda:2, but the GPUs are numbered up to 1"),
+        ("cuda:9999", dict(gpus=8), "numbered up to 7"),
+        ("cuda:0", dict(gpus=2, processes=2), "torchrun gives each process its own; use cuda or cpu"),
+        ("mps", dict(), "no GPU of Apple's; use --device cpu"),
+        ("mps", dict(mps=True, processes=2), "torchrun"),
+        ("cuda", dict(gpus=1, processes=2), "2 processes, but 1 GPUs"),
+        *((name, dict(gpus=2), "give cuda, cuda:N, mps or cpu")
+          for name in ("banana", "CUDA", "cuda:", "cuda:-1", "cuda:01", "cuda: 1", "cuda:1.0", "gpu", "cpu:0", "meta")),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_device_is_one_that_is_there(device, there, words, resume, machine):
+    """Of a new run, and of one that goes on elsewhere."""
+    config, _ = settings(f"{MICRO} --device cpu")
+    machine(**there)
+    given = flags.parse([*f"{MICRO} --device".split(), device])
+    start = lambda: (  # noqa: E731
+        flags.resumed(given, flags.saved_values(config), Path("run/config.json")) if resume else flags.configure(given)
+    )
+    with pytest.raises(ValueError, match=words):
+        start()
+
+
+@pytest.mark.parametrize(
+    ("device", "there", "dtype", "compiles"),
+    [
+        ("cuda", dict(gpus=1), "bfloat16", True),
+        ("cuda:1", dict(gpus=2), "bfloat16", True),
+        ("mps", dict(mps=True), "float32", False),
+        ("cpu", dict(gpus=2, mps=True), "float32", False),
+    ],
+)
+def test_defaults_follow_the_kind_of_device(device, there, dtype, compiles, machine):
+    machine(**there)
+    config, _ = settings(f"{MICRO} --device {device}")
+    assert (config.device, config.dtype, config.compile) == (device, dtype, compiles)
+    assert (config.micro_batch is None) == device.startswith("cuda"), "there, what fits is measured"
+    assert settings(f"{MICRO} --micro-batch 2 --device {device}")[0].micro_batch == 2
+
+
+# ---------------------------------------------------------------------------------------------
+# A run that goes on
+# ---------------------------------------------------------------------------------------------
+
+
+def resume(saved, command):
+    return flags.resumed(flags.parse(["--resume", *command.split()]), saved, Path("run/config.json"))
+
+
+def test_a_run_may_become_longer(small, capsys):
+    """By steps or by epochs, of 24 images in batches of 4; nothing else of it changes, and it says so."""
+    config, _ = settings(f"{MICRO} --task hpm")
+    for given, steps, epochs in (("--steps 9", 9, None), ("--epochs 2", 12, 2.0), ("--epochs 0.9", 6, 0.9)):
+        again = resume(flags.saved_values(config), given)
+        longer = flags.longer(again, flags.parse(given.split()), 24)
+        assert longer == dataclasses.replace(again, steps=steps, epochs=epochs)
+        assert f"{steps} steps in place of 3: the schedule is that of the new length" in capsys.readouterr().out
+    same = resume(flags.saved_values(config), "")
+    assert flags.longer(same, flags.parse([]), 24) == same
+    assert capsys.readouterr().out == ""
+    for given in ("--epochs 1e6 --batch-size 4", "--steps 1000000001"):
+        with pytest.raises(ValueError, match="is not possible"):
+            flags.longer(resume(flags.saved_values(config), given), flags.parse(given.split()), 10**9)
+    with pytest.raises(ValueError, match="one of them"):
+        resume(flags.saved_values(config), "--steps 9 --epochs 2")
+
+
+@pytest.mark.parametrize(
+    ("flag", "old", "new", "allowed"),
+    [
+        ("data", "folder:here", "folder:there", True),
+        ("deduplicate", "folder:here", "folder:there", True),
+        ("data", "folder:here", "photos", False),
+        ("data", "photos", "folder:there", False),
+        ("deduplicate", None, "folder:there", False),
+        ("deduplicate", "photos", "fashion-mnist", False),
+        ("micro_batch", 4, "2", True),
+        ("workers", None, "0", True),
+        ("lr", [0.1], "0.2", False),
+        ("init", "a.pt", "b.pt", False),
+        ("labels", 9, "12", False),
+    ],
+)
+def test_data_may_have_moved_and_the_machine_be_another(flag, old, new, allowed, small):
+    """Another folder of images, with the same images in it; but not other data."""
+    saved = flags.saved_values(settings(MICRO)[0]) | {flag: old}
+    saved |= {"data": "folder:x", "crop": [0.08, 1.0]} if flag == "workers" else {}
+    command = f"--{flag.replace('_', '-')} {new}"
+    if allowed:
+        assert str(getattr(resume(saved, command), flag)) == new
+    else:
+        with pytest.raises(ValueError, match="leave"):
+            resume(saved, command)
+
+
+@pytest.mark.parametrize("name", ["init_grid", "images", "workers", "teacher"])
+def test_a_run_from_before_a_flag_goes_on_as_it_did(name, small):
+    saved = flags.saved_values(settings(f"{MICRO} --task hpm")[0])
+    config = resume({key: value for key, value in saved.items() if key != name}, "")
+    assert getattr(config, name) == ("whole" if name == "teacher" else None)
+
+
+def test_resume_and_overwrite_contradict_each_other(small, no_figures, capsys):
+    assert run(f"{MICRO} --out run") == 0
+    before = Path("run/config.json").read_text()
+    assert run("--resume --overwrite --out run") == 2
+    assert "--overwrite does nothing with --resume" in capsys.readouterr().err
+    assert Path("run/config.json").read_text() == before
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null", '"run"', "[[1]]"])
+def test_a_file_that_is_no_configuration_is_refused(content, small):
+    with pytest.raises(ValueError, match=r"config\.json holds no configuration"):
+        resume(json.loads(content), "")
+
+
+# ---------------------------------------------------------------------------------------------
+# Prediction: a configuration without data
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["run", "run/last.pt", "moved.pt"])
+def test_prediction_is_told_by_the_run_how_it_sees_images(source, small, no_figures):
+    """The arch, the size, …; from the folder of a run, its checkpoint, or that alone. No data is loaded."""
+    assert run(f"{MICRO} --img-size 16x24 --pool mean --gelu tanh --pixels half --pos-embed 2d --seed 3 --out run") == 0
+    Path("moved.pt").write_bytes(Path("run/last.pt").read_bytes())
+    config, dataset = settings(f"--task predict --init {source} --images x.png")
+    assert dataset is None
+    assert (config.arch, config.img_size, config.pool, config.data) == ("vit_micro4", (16, 24), "mean", "photos")
+    assert (config.gelu, config.pixels, config.pos_embed) == ("tanh", "half", "2d")
+    assert (config.images, config.seed, config.steps) == ("x.png", 0, 0), "the user's own"
+    assert settings(f"--task predict --init {source} --images x.png --img-size 32")[0].img_size == (32, 32)
+
+
+def test_prediction_of_a_masked_autoencoder_keeps_what_it_masks(small, no_figures):
+    assert run(f"{MICRO} --task hpm --mask-ratio 0.5 --target norm-pixels --teacher in-turn --alpha 0,1 --out run") == 0
+    config, _ = settings("--task predict --init run --images x.png")
+    assert (config.mask, config.mask_ratio, config.alpha) == ("hard", 0.5, (0.0, 1.0))
+    assert (config.target, config.teacher, config.predictor_loss) == ("norm-pixels", "in-turn", "relative")
+
+
+def test_prediction_needs_weights_and_images(small, capsys):
+    for command, word in (("--images x.png", "--init"), ("--init run.pt", "--images"), ("", "--init")):
+        assert run(f"--task predict {command}") == 2
+        assert word in capsys.readouterr().err

@@ -5,6 +5,10 @@ number is written down twice on purpose: whoever changes one has to say where th
 """
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +16,9 @@ import torch
 import data
 import hpm
 import train
-from engine import image_folder, scenes
+import vit
+from engine import distributed, image_folder, recipes, scenes
+from related import resnet
 from tests.engine.runs import settings
 
 IMAGENET = 1_281_167  # training images of ImageNet-1k
@@ -298,3 +304,132 @@ def test_constants_of_the_loop_are_those_of_the_papers():
     """ViT, appendix B.1.1: 10 % of small training sets choose the learning rate; figures 4 and 5: 5-shot. The 10
     shots are of its authors' later code."""
     assert (train.HELD_OUT, train.SHOTS) == (0.1, (5, 10))
+
+
+def test_a_run_has_at_most_a_thousand_million_steps(data_sets):
+    """However few epochs that are of this data, in such batches."""
+    assert settings("--data folder:x --epochs 700 --batch-size 1 --micro-batch 1")[0].steps == 700 * IMAGENET
+    with pytest.raises(ValueError, match=r"--steps 1281167000 is not possible"):
+        settings("--data folder:x --epochs 1000 --batch-size 1")
+
+
+# ---------------------------------------------------------------------------------------------
+# What fits the data and the machine
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("images", "processes", "command", "batch"),
+    [
+        (600, 1, "", 512), (600, 2, "", 512), (600, 3, "", 384), (600, 7, "", 448), (599, 1, "", 512),
+        (1024, 1, "", 1024), (1023, 1, "", 512), (5, 1, "", 4), (1, 1, "", 1), (3, 8, "", 8),
+        (600, 1, "--task hpm", 512), (600, 1, "--task mpp", 512), (600, 1, "--task finetune", 512),
+        (600, 3, "--task finetune", 384), (600, 1, "--task linear", 512), (600, 1, "--labels 100", 64),
+        (600, 1, "--task finetune --optimizer sgd", 512), (400, 1, "--task finetune --optimizer sgd", 256),
+        (IMAGENET, 1, "", 4096), (IMAGENET, 3, "", 3072), (IMAGENET, 8, "", 4096), (5000, 1, "", 4096),
+        (600, 1, "--batch-size 1000", 1000), (600, 1, "--batch-size 7", 7),
+    ],
+)  # fmt: skip
+def test_a_batch_is_at_most_the_data(images, processes, command, batch, data_sets, monkeypatch):
+    """n * 2^k for n processes: they share it, and it has divisors for a micro-batch. The learning rate follows it."""
+    monkeypatch.setitem(TRAINING_IMAGES, "folder", images)
+    monkeypatch.setattr(distributed, "WORLD_SIZE", processes)
+    config, _ = settings(command_of(command or "--task supervised", "folder:x"))
+    assert config.batch_size == batch
+    rate = {"hpm": 1.5e-4, "mpp": 2e-4 / 16, "linear": 0.1, "finetune": 5e-4}.get(config.task, 3e-3 / 16)
+    rate = 0.03 / 2 if "sgd" in command else rate
+    assert config.lr == (pytest.approx(rate * batch / 256),)
+    assert config.warmup <= config.steps
+    assert batch // processes % config.micro_batch == 0
+
+
+@pytest.mark.parametrize("arch", [*vit.ARCHS, *resnet.ARCHS])
+@pytest.mark.parametrize("task", ["supervised", "hpm", "finetune", "linear", "knn"])
+def test_a_laptop_trains_what_it_is_told(arch, task, data_sets, monkeypatch):
+    """16 GiB, 600 images: some micro-batch is found for all; a quarter of the memory is not exceeded, unless by one."""
+    if task == "hpm" and arch in resnet.ARCHS:
+        return
+    monkeypatch.setitem(TRAINING_IMAGES, "folder", 600)
+    monkeypatch.setattr(recipes, "memory", lambda: 16 * 2**30)
+    config, _ = settings(f"{command_of(f'--task {task}', 'folder:x')} --arch {arch} --img-size 224")
+    share = 256 if task == "knn" else 512
+    assert share % config.micro_batch == 0
+    each = recipes.bytes_an_image(config)
+    assert config.micro_batch == 1 or config.micro_batch * each <= 4 * 2**30
+    assert config.micro_batch == share or 2 * config.micro_batch * each > 4 * 2**30, "nor is less taken than fits"
+
+
+def test_a_small_vit_on_a_laptop_takes_32_images_at_a_time(data_sets, monkeypatch):
+    """By hand: 32 floats * 4 bytes * 197 tokens * 384 * 12 blocks = 116 MB, of 4 GiB: 36, so 32. With two processes
+    half of the memory is there for each, and with half of the patches hidden a decoder is most of it."""
+    monkeypatch.setitem(TRAINING_IMAGES, "folder", 600)
+    monkeypatch.setattr(recipes, "memory", lambda: 16 * 2**30)
+    command = command_of("--task supervised --arch vit_s16", "folder:x")
+    assert settings(command)[0].micro_batch == 32
+    monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
+    monkeypatch.setattr(distributed, "LOCAL_WORLD_SIZE", 2)
+    assert settings(command)[0].micro_batch == 16
+    monkeypatch.setattr(recipes, "memory", lambda: 2**20)
+    assert settings(command)[0].micro_batch == 1, "one is always tried"
+
+
+def test_where_the_system_does_not_tell_its_memory_8_gib_are_assumed(monkeypatch):
+    """Windows has no os.sysconf; elsewhere it may not know."""
+    monkeypatch.delattr(os, "sysconf")
+    assert recipes.memory() == 8 * 2**30
+    for error in (ValueError, OSError):
+
+        def unknown(name, error=error):
+            raise error
+
+        monkeypatch.setattr(os, "sysconf", unknown, raising=False)
+        assert recipes.memory() == 8 * 2**30
+
+
+MEASURE = """
+import resource, sys, torch, train
+from tests.engine.runs import settings
+from engine import recipes
+from torch.nn import functional as F
+config, dataset = settings(sys.argv[1])
+torch.manual_seed(0)
+model = train.build(config, dataset)
+def peak(n):
+    images, noise = torch.zeros(n, 3, *config.img_size), None
+    if config.task == "hpm":
+        model(images, torch.rand(n, 196), 0.5)["loss"].backward()
+    else:
+        F.cross_entropy(model(images), torch.zeros(n).long()).backward()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+first = peak(1)
+print((peak(9) - first) / 8 / recipes.bytes_an_image(config))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux alone")
+@pytest.mark.parametrize("command", ["--arch vit_ti16", "--arch vit_ti16 --dropout 0.1", "--arch vit_ti16 --task hpm",
+                                     "--arch vit_s32", "--arch resnet50", "--arch r26_vit_s32"])  # fmt: skip
+def test_the_estimate_of_memory_is_of_the_right_size(command):
+    """The peak of a process, with nine images over that with one: never more than the estimate by much, nor a third."""
+    out = subprocess.run(
+        [sys.executable, "-c", MEASURE, f"{command} --micro-batch 1 --batch-size 8 --steps 1 --device cpu"],
+        capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert 1 / 3 < float(out.stdout.splitlines()[-1]) < 1.25, out.stdout
+
+
+@pytest.mark.parametrize(
+    ("images", "steps", "warmup"),
+    [(IMAGENET, 20_000, 500), (50_000, 10_000, 500), (20_000, 10_000, 500), (3_680, 500, 100), (600, 500, 100)],
+)
+def test_fine_tuning_with_sgd_is_as_long_as_the_paper_says(images, steps, warmup, data_sets, monkeypatch):
+    """ViT, table 4: 20,000 steps for ImageNet, 10,000 for CIFAR, 500 for Oxford's Pets (3,680 images) and Flowers;
+    vit_jax/configs: 500 of them warm-up, of 500 steps 100 (augreg.py). --epochs and --steps win."""
+    monkeypatch.setitem(TRAINING_IMAGES, "folder", images)
+    command = command_of("--task finetune --optimizer sgd", "folder:x")
+    config, _ = settings(command)
+    assert (config.steps, config.warmup, config.epochs) == (steps, warmup, None)
+    assert settings(f"{command} --steps 50")[0].warmup == 10
+    assert settings(f"{command} --epochs 2")[0].steps == math.ceil(2 * images / config.batch_size)
