@@ -4,6 +4,8 @@ Nothing here draws a number. `data.py` draws, for the whole batch and as a funct
 several processes can hand in its share. All run on the device that the images are on, for all images at once.
 """
 
+import math
+
 import torch
 from torch.nn import functional as F
 
@@ -40,7 +42,8 @@ def first_fit(draw, area, ratio, height, width):
     """
     areas, aspects = draw[..., 2:].chunk(2, dim=-1)  # (..., TRIES)
     areas = area[0] + areas * (area[1] - area[0])
-    aspects = ratio[0] ** (1 - aspects) * ratio[1] ** aspects  # w / h
+    low, high = map(math.log, ratio)
+    aspects = (low + aspects * (high - low)).exp()  # w / h
     h, w = (areas / aspects).sqrt().round(), (areas * aspects).sqrt().round()
     fits = (h >= 1) & (h <= height) & (w >= 1) & (w <= width)
     first = fits.int().argmax(dim=-1, keepdim=True)  # (..., 1), 0 if none does
@@ -55,11 +58,9 @@ def crop_box(height, width, draw, scale, aspect=1.0):
     to; the place is uniform. A box that does not fit is drawn again, ten times; then it is the largest in the middle
     with such an aspect.
     """
-    zero = torch.zeros_like(draw[..., :1])
-    height, width = ((zero[..., 0] + side)[..., None] for side in (height, width))  # (..., 1)
-    area, ratio = height * width, (3 / 4 * aspect, 4 / 3 * aspect)
-    h, w, fits = first_fit(draw, (scale[0] * area, scale[1] * area), ratio, height, width)
-    height, width = height[..., 0], width[..., 0]
+    height, width = (torch.zeros_like(draw[..., 0]) + side for side in (height, width))  # (...)
+    area, ratio = (height * width)[..., None], (3 / 4 * aspect, 4 / 3 * aspect)
+    h, w, fits = first_fit(draw, (scale[0] * area, scale[1] * area), ratio, height[..., None], width[..., None])
     h = torch.where(fits, h, torch.minimum(height, width / ratio[0]).round().clamp(min=1))
     w = torch.where(fits, w, torch.minimum(width, height * ratio[1]).round().clamp(min=1))
     top = torch.where(fits, draw[..., 0] * (height - h + 1), (height - h) / 2).floor()
