@@ -233,6 +233,7 @@ def test_where_objects_are_known_the_teacher_is_scored_by_them(teacher, batch_si
     model = hpm.create("vit_micro4", 24, decoder=(32, 1, 2), teacher=teacher)
     nn.init.normal_(model.teacher.loss_predictor.pred.weight)  # opinions that rounding does not change
     split = scenes_of(7)
+    split.items[4] = 0  # nothing to find there: it counts for the losses alone
     scores = probes.evaluate_pretraining(model, split, (24, 24), batch_size, "cpu", seed=5)
     noise = data.evaluation_noise(7, 36, 5, columns=2)
     model, rec, hard, auc = model.double().eval(), [], [], []
@@ -253,7 +254,7 @@ def test_where_objects_are_known_the_teacher_is_scored_by_them(teacher, batch_si
     assert scores.keys() == {"test_rec", "test_correlation", "test_object_auc", "test_hard_ratio"}
     assert scores["test_rec"] == pytest.approx(np.mean(rec), rel=1e-5)
     assert scores["test_hard_ratio"] == pytest.approx(np.mean(hard) / np.mean(rec), rel=1e-5)
-    assert scores["test_object_auc"] == pytest.approx(np.mean(auc), abs=1e-5)
+    assert scores["test_object_auc"] == pytest.approx(np.nanmean(auc), abs=1e-5)
 
 
 def test_the_masks_of_all_teachers_are_compared_with_the_same_random_ones():

@@ -219,9 +219,12 @@ def test_sizes_and_places_are_evenly_spread():
 def test_one_to_four_items_each_have_a_quarter():
     """Every count and every quarter as often as any other, by five standard errors; no two items touch one pixel."""
     split, index = world(400, 2), torch.arange(60)
-    _, covered, _ = split.compose(index, split.draw(index, 0))
+    split.labels = torch.arange(400)  # each item has a class of its own
+    _, covered, which = split.compose(index, split.draw(index, 0))
     assert ((covered > 0).sum(dim=1) <= 1).all()
     _, _, classes, masks, boxes = fixed(split)
+    there = (covered >= 0.5).flatten(2).any(dim=2)
+    assert torch.equal(classes[:60], torch.where(there, which, -1)), "classes are those of the items that are seen"
     counts = (classes >= 0).sum(dim=1)
     assert counts.bincount(minlength=5).tolist() == pytest.approx([0] + [100] * 4, abs=5 * 75**0.5)
     assert ((classes >= 0).int().diff(dim=1) <= 0).all(), "those that are there come first"
