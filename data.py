@@ -367,7 +367,8 @@ def photos(size=(224, 224)):
             box = (left, top, left + w, top + h)
             test.append(np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC, box)))
         image = image.crop((0, 0, cut, image.height))
-        shrink = max(1.0, min(image.size) / (1.5 * min(size)))  # a mild one is left to `crop_and_resize`
+        # A mild shrinking is left to `crop_and_resize`.
+        shrink = max(1.0, min(image.height / size[0], image.width / size[1]) / 1.5)
         image = image.resize((round(image.width / shrink), round(image.height / shrink)), Image.Resampling.BICUBIC)
         train.append(np.asarray(image))  # (h, w, 3)
     sizes = torch.tensor([image.shape[:2] for image in train])

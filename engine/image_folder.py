@@ -57,7 +57,9 @@ def load(path):
         if split.ignored:
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in split.ignored.most_common(6))
             more = ", and others" if len(split.ignored) > 6 else ""
-            distributed.print0(f"{path / name}: {split.ignored.total():,} files are left out: {reasons}{more}")
+            distributed.print0(
+                f"{printable(path / name)}: {split.ignored.total():,} files are left out: {reasons}{more}"
+            )
     return data.Dataset("folder", train.classes, data.IMAGENET_MEAN, data.IMAGENET_STD, train, test)
 
 

@@ -700,7 +700,8 @@ def test_photographs_are_learned_left_and_tested_right(size, tmp_path, monkeypat
     equal(images[:, 2].amin(dim=(1, 2)), 16 * labels.numpy(), "part of the crop is no photograph", 0.1)
 
     sides = [(60 + 6 * (i % 4), 60 + (i % 3 > 1)) for i in range(16)]  # what is left of each
-    shrink = [min(side) / 1.5 / 32 for side in sides]  # to one and a half times the size: the smallest crops are small
+    # To one and a half times the size, of the largest middle part of its shape: the smallest crops are small.
+    shrink = [max(1, min(height / size[0], width / size[1]) / 1.5) for height, width in sides]
     assert photos.train.sizes.tolist() == [
         [round(v / by) for v in side] for side, by in zip(sides, shrink, strict=True)
     ]

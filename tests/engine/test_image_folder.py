@@ -352,6 +352,9 @@ def test_long_names_and_names_that_are_no_utf8_are_read(tmp_path, capfd):
     assert list(split.unreadable) == [f"{tmp_path}/\\xff\\xfe/\\xe90.png"]
     "".join([*split.unreadable, *split.classes]).encode()
     assert "\\xe90.png" in capfd.readouterr().err
+    folder_with(tmp_path / os.fsdecode(b"\xff"), "train/ant/1.png", "val/ant/1.png", "val/2.png")
+    image_folder.load(tmp_path / os.fsdecode(b"\xff"))
+    assert capfd.readouterr().out.encode().startswith(f"{tmp_path}/\\xff/val: 1 files".encode())
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
