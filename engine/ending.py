@@ -74,7 +74,8 @@ def explain(error, out, config, begun, fitting=None):
     whether its folder has been written to; fitting: a micro-batch that is known to fit, or None.
     """
     if memory.is_out_of_memory(error):
-        complain(f"{reason(error)}; {kept(out)}; {memory.advice(error, config, fitting)}", everywhere=True)
+        what = reason(str(error).rpartition("DefaultCPUAllocator: ")[2]) or type(error).__name__
+        complain(f"out of memory ({what}); {kept(out)}; {memory.advice(error, config, fitting)}", everywhere=True)
         return 1
     if isinstance(error, ValueError):
         complain(error, everywhere=isinstance(error, image_folder.UnreadableImages))
@@ -93,7 +94,7 @@ def explain(error, out, config, begun, fitting=None):
 
 def reason(error):
     """The first sentence of what an error says."""
-    return (str(error).splitlines() or [""])[0].split(". ")[0] or type(error).__name__
+    return (str(error).splitlines() or [""])[0].split(". ")[0]
 
 
 def complain(text, everywhere=False):

@@ -24,7 +24,7 @@ import train
 import vit
 from engine import distributed, image_folder
 from tests.engine.launch import SHALLOW, uneven
-from tests.engine.runs import MICRO, checkpoint, log, run, settings, write_images
+from tests.engine.runs import MICRO, STILL, checkpoint, log, run, settings, write_images
 
 ROOT = Path(train.__file__).parent
 pytestmark = pytest.mark.usefixtures("leave_no_trace")
@@ -91,21 +91,21 @@ def runs(tmp_path_factory):
     for i in (order[0], order[2], order[6]):
         Path(os.fsdecode(files[i])).write_text("no image")
 
-    micro = "--arch vit_micro4 --img-size 16 --batch-size 4 --steps 3"
-    two = [f"{micro} {command} --out {name}-2" for name, command in COMMANDS.items()]
+    start = {name: STILL if name in ("knn", "fewshot") else MICRO for name in COMMANDS}
+    two = [f"{start[name]} {command} --out {name}-2" for name, command in COMMANDS.items()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "photos", uneven)
         patch.setitem(vit.ARCHS, "vit_micro4", SHALLOW)
         patch.setattr(train, "draw_figures", lambda *_: None)
         patch.setattr(train, "SAVE_EVERY", -1)  # after each step: previous.pt is that of step 2
-        assert run(f"{micro} {HPM} --out begun") == 0
+        assert run(f"{MICRO} {HPM} --out begun") == 0
         shutil.copytree("begun", "resumed-2", ignore=shutil.ignore_patterns(".lock", "last.pt"))
         patch.setattr(train, "SAVE_EVERY", 600)
         broken = f"{MICRO} --steps 10 --data folder:pictures --out broken"
         process = launch(folder, *two, "--resume --fsdp --out resumed-2", broken)
         for name, command in COMMANDS.items():
             if ONE[name] == name:
-                assert run(f"{micro} {command} --out {name}") == 0
+                assert run(f"{start[name]} {command} --out {name}") == 0
     out, err = wait(process)
     os.chdir(before)
     for number, handler in handlers.items():
