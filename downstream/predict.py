@@ -21,9 +21,9 @@ from tqdm import tqdm
 import data
 from downstream import probes
 from engine import distributed, files, image_folder, plots, scenes, weights
-from engine.config import AUTOENCODERS
+from engine.recipes import AUTOENCODERS, CLASSIFIERS
 
-CLASSIFIERS = ("supervised", "finetune", "linear")
+TASKS = (*CLASSIFIERS, "linear", *AUTOENCODERS)  # whose models have something to say
 TOP, ROWS, PICTURES = 5, 20, 6  # classes of an image; images on the screen, and in the picture
 STATISTICS = {  # mean and std, as `data.load` gives them; all other data have ImageNet's
     "fashion-mnist": ((0.2860,), (0.3530,)),
@@ -50,9 +50,8 @@ def run(config, out, build):
     trained, ours = saved["config"] or {}, {"task", "init", "arch", "data", "img_size"}
     is_run = ours <= trained.keys()  # else a file of weights alone, or another program's
     task, name = trained["task"] if is_run else "supervised", config.data
-    if task not in CLASSIFIERS + AUTOENCODERS:
-        allowed = ", ".join(CLASSIFIERS + AUTOENCODERS)
-        raise ValueError(f"{init} is of --task {task}, which trains no classifier; give a run of {allowed}")
+    if task not in TASKS:
+        raise ValueError(f"{init} is of --task {task}, which trains no classifier; give a run of {', '.join(TASKS)}")
     mean, std = STATISTICS.get(name, (data.IMAGENET_MEAN, data.IMAGENET_STD))
     if config.pixels == "half":
         mean = std = (0.5,) * len(mean)
