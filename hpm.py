@@ -375,7 +375,7 @@ class HPM(nn.Module):
         _, predicted = self.teacher(images, *split_mask(mask.flatten(0, 1), self.hidden))  # (B * G, n)
         return average_in_turn(predicted.view(len(mask), -1, self.hidden), mask), features
 
-    def draw_mask(self, images, noise, predicted_loss, hard_fraction):
+    def draw_mask(self, noise, predicted_loss, hard_fraction):
         """The mask of each image that this noise gives: (B, N) bool."""
         grid, noise = self.student.encoder.grid, noise[..., 0] if self.in_turn else noise
         if self.mask == "hard":
@@ -411,7 +411,7 @@ class HPM(nn.Module):
         """
         teacher_loss, features = self.ask_teacher(images, noise)  # L̂ᵗ = d_ψt(f_θt(x)), (B, N)
         if mask is None:
-            mask = self.draw_mask(images, noise, teacher_loss, hard_fraction)  # (B, N)
+            mask = self.draw_mask(noise, teacher_loss, hard_fraction)  # (B, N)
         visible, hidden = split_mask(mask, self.hidden)  # (B, v), (B, n)
         prediction, predicted_loss = self.student(images, visible, hidden)  # d_φ(f_θ(x ⊙ M)), d_ψ(f_θ(x ⊙ M))
         target = gather(self.targets(images, features), hidden)  # 𝒯(x ⊙ (1 - M)), (B, n, outputs)

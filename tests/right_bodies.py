@@ -914,7 +914,7 @@ RIGHT_BODIES["HPM.forward"] = {
             if self.teacher is not None:
                 results["teacher_loss"], features = self.ask_teacher(images, noise)
             if mask is None:
-                mask = self.draw_mask(images, noise, results["teacher_loss"], hard_fraction)
+                mask = self.draw_mask(noise, results["teacher_loss"], hard_fraction)
             rows = [row.nonzero()[:, 0] for row in mask]
             results["mask"], results["hidden"] = mask, torch.stack(rows)
             results["visible"] = torch.stack([(~row).nonzero()[:, 0] for row in mask])
@@ -936,7 +936,7 @@ RIGHT_BODIES["HPM.forward"] = {
     "losses kept in the precision of the model": """
         def forward(self, images, noise, hard_fraction=0.0, mask=None):
             L_teacher, f_teacher = self.ask_teacher(images, noise)
-            drawn = self.draw_mask(images, noise, L_teacher, hard_fraction) if mask is None else mask
+            drawn = self.draw_mask(noise, L_teacher, hard_fraction) if mask is None else mask
             N, n = drawn.shape[1], self.hidden
             place = torch.arange(N, device=drawn.device)
             order = (place + N * drawn).argsort(dim=1)
@@ -964,7 +964,7 @@ RIGHT_BODIES["HPM.forward"] = {
                 out["teacher_loss"], out["features"] = self.ask_teacher(images, noise)
             out["mask"] = mask
             if mask is None:
-                out["mask"] = self.draw_mask(images, noise, out.get("teacher_loss"), hard_fraction)
+                out["mask"] = self.draw_mask(noise, out.get("teacher_loss"), hard_fraction)
             out["visible"], out["hidden"] = split_mask(out["mask"], self.hidden)
             out["prediction"], out["predicted_loss"] = self.student(images, out["visible"], out["hidden"])
             out["target"] = gather(self.targets(images, out.get("features")), out["hidden"])

@@ -1425,7 +1425,7 @@ WRONG_BODIES["HPM.forward"] = (
     def forward(self, images, noise, hard_fraction=0.0, mask=None):
         teacher_loss, features = self.ask_teacher(images, noise)
         if mask is None:
-            mask = self.draw_mask(images, noise, teacher_loss, hard_fraction)
+            mask = self.draw_mask(noise, teacher_loss, hard_fraction)
         visible, hidden = split_mask(mask, self.hidden)
         prediction, predicted_loss = self.student(images, visible, hidden)
         target = gather(self.targets(images, features), hidden)
@@ -1469,9 +1469,9 @@ WRONG_BODIES["HPM.forward"] = (
             "        if self.mask == 'hard':\n"
             "            teacher_loss = self.student.predict_loss(images)[0].detach()",
         ),
-        "no noise for the teacher's turns": (
+        "the mask's noise for the teacher's turns": (
             "self.ask_teacher(images, noise)",
-            "self.ask_teacher(images)",
+            "self.ask_teacher(images, noise.flip(2) if noise is not None and self.in_turn else noise)",
         ),
         "the student's features for the target": (
             "teacher_loss, features = self.ask_teacher(images, noise)",
@@ -1511,7 +1511,7 @@ WRONG_BODIES["HPM.forward"] = (
         ),
         "always random": ("teacher_loss, hard_fraction)", "teacher_loss, 0.0)"),
         "always half guided": ("teacher_loss, hard_fraction)", "teacher_loss, 0.5)"),
-        "other chance than the noise": ("images, noise, teacher_loss", "images, torch.rand_like(noise), teacher_loss"),
+        "other chance than the noise": ("noise, teacher_loss", "torch.rand_like(noise), teacher_loss"),
         "the mean over all patches": ("patch_loss.mean()", "patch_loss.sum() / mask.numel()"),
         "a sum over patches": ("patch_loss.mean()", "patch_loss.sum(dim=1).mean()"),
         "the correlation with the teacher's": (
