@@ -344,7 +344,8 @@ def read_image(file, size, crop, draw, magnitude=0.0, crop_pct=7 / 8):
             raise ValueError("of 16 bits a colour it uses 12 alone; save it with 8")
         image = to_rgb(image)
     x, y = image.width / width, image.height / height
-    box = (left * x, top * y, (left + w) * x, (top + h) * y)
+    right, bottom = min((left + w) * x, image.width), min((top + h) * y, image.height)  # rounding may lead outside,
+    box = (max(left * x, 0), max(top * y, 0), right, bottom)  # and Pillow refuses that
     image = image.resize(size[::-1], Image.Resampling.BICUBIC, box)
     if crop and draw[0] < 0.5:
         image = ImageOps.mirror(image)

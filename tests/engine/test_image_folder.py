@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import signal
 import socket
 import statistics
 import struct
@@ -409,7 +410,7 @@ def test_any_number_of_workers_decodes_the_same_batches(count, tmp_path):
     assert same([*ours, *batches], expected)
 
 
-def test_workers_end_when_batches_are_no_longer_wanted(tmp_path):
+def test_workers_end_when_batches_are_no_longer_wanted(tmp_path, monkeypatch):
     """By an error in the loop, or at the end of the program, when the traceback still holds the batches."""
     folder_of(pixels(7, 3, 12, 10), tmp_path)
     split = image_folder.Folder(tmp_path, *PLAIN)
@@ -430,6 +431,24 @@ def test_workers_end_when_batches_are_no_longer_wanted(tmp_path):
     assert len(running()) == 4
     image_folder.end_all_workers()
     assert not running()
+    monkeypatch.setattr(split, "skip", lambda unreadable: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as kept:
+        next(split.train_batches((8, 6), 6, range(9), 0, (0.2, 1.0), CPU))
+    assert not running(), f"{kept.value} holds them"
+
+
+def test_signals_that_come_to_all_processes_do_not_end_the_workers(tmp_path):
+    """The main one finishes its step with them."""
+    folder_of(pixels(7, 3, 12, 10), tmp_path)
+    split = image_folder.Folder(tmp_path, *PLAIN)
+    split.workers, before = 1, set(multiprocessing.active_children())
+    arguments = ((8, 6), 6, range(9), 0, (0.2, 1.0), CPU)
+    expected, batches = list(split.train_batches(*arguments)), split.train_batches(*arguments)
+    seen = [next(batches)]
+    for worker in set(multiprocessing.active_children()) - before:
+        os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, signal.SIGINT)
+    assert same([*seen, *batches], expected)
 
 
 PROGRAM = """
@@ -1180,3 +1199,12 @@ def test_speed_of_decoding_is_that_of_pillow_or_better(crop, one_thread, tmp_pat
     times = [(seconds(pillow), seconds(ours)) for _ in range(21)]  # one after the other: both meet the same noise
     theirs, mine = (statistics.median(column) for column in zip(*times, strict=True))
     assert theirs / mine >= 0.9, f"{mine / 20 * 1e3:.2f} ms an image, Pillow {theirs / 20 * 1e3:.2f} ms"
+
+
+@pytest.mark.parametrize("side", [29, 96, 232, 448])
+def test_a_whole_image_is_read_whatever_its_height(tmp_path, side):
+    """Of height * side / side rounding may make more than height, by 1e-15, and Pillow refuses a box outside of it."""
+    for height in range(20, 140):
+        Image.new("RGB", (height + 10, height), (10, 200, 30)).save(tmp_path / "image.bmp")
+        image = image_folder.read_image(tmp_path / "image.bmp", (side, side), None, None, crop_pct=1.0)
+        assert (image == torch.tensor([10, 200, 30]).view(3, 1, 1)).all(), height
