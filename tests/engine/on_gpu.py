@@ -7,6 +7,7 @@ all of it without a GPU, uncompiled.
 
 import contextlib
 import copy
+import functools
 import json
 import math
 import os
@@ -23,9 +24,10 @@ import hpm
 import train
 import vit
 from downstream import probes
+from engine import memory
 from related import mpp
 from tests.engine.launch import SHALLOW
-from tests.engine.runs import PLAIN, coloured, log, run, write_images
+from tests.engine.runs import PLAIN, STILL, coloured, log, run, settings, write_images
 
 DEVICE = "cpu" if sys.argv[1:] == ["cpu"] else "cuda"
 MICRO = "--arch vit_micro4 --img-size 16 --batch-size 8 --lr 0.003"
@@ -156,11 +158,27 @@ def check_other_tasks_run_on_the_device():
     begin(f"--task mae --mask block --target norm-pixels {plain}", "mae")
     begin(f"--task mpp {plain}", "mpp")
     assert Path("mae/masks.png").exists()
-    init = f"--arch vit_micro4 --img-size 16 --device {DEVICE} {plain} --init mae/last.pt"
-    assert run(f"{init} --task finetune --steps 2 --batch-size 8 --polyak 0.9 --out finetune") == 0
-    assert run(f"{init} --task linear --steps 2 --batch-size 8 --out linear") == 0
+    init = f"{STILL} --device {DEVICE} {DEFAULTS} --init mae/last.pt"
+    assert run(f"{init} --no-compile --task finetune --steps 2 --batch-size 8 --polyak 0.9 --out finetune") == 0
+    assert run(f"{init} --no-compile --task linear --steps 2 --batch-size 8 --out linear") == 0
     for task in ("knn", "fewshot"):
         assert run(f"{init} --task {task} --out {task}") == 0
+
+
+def check_memory_is_a_straight_line_in_the_number_of_images():
+    """That is what the micro-batch is found from: what 64 images take, within a tenth. All of them fit here."""
+    for task in ("supervised", "hpm"):
+        command = f"--task {task} --arch vit_ti16 --img-size 224 --batch-size 64 --device {DEVICE}"
+        config, dataset = settings(f"{command} {DEFAULTS} --no-compile")
+        model = train.build(config, dataset).to(DEVICE)
+        step = functools.partial(train.try_step, config, model, dataset)
+        step(memory.FEW)
+        if DEVICE == "cuda":
+            few, more, many = (memory.peak_memory(step, n, DEVICE) for n in (memory.FEW, memory.MORE, 64))
+            expected = few + (64 - memory.FEW) * (more - few) / (memory.MORE - memory.FEW)
+            assert abs(many - expected) < 0.1 * many, (few, more, many)
+            assert config.micro_batch is None
+        assert train.fitting(config, model, dataset) == 64
 
 
 # ---------------------------------------------------------------------------------------------

@@ -98,7 +98,8 @@ def test_a_folder_of_images_is_known_by_its_classes_and_images(shallow, no_figur
     assert run("--resume --out run") == 2
     assert "36 images in train, and the data has 35 now" in one_line(capsys)
     Path("0.png").rename("pictures/train/ant/0.png")
-    assert run("--resume --out run") == 0
+    Path("pictures").rename("moved")
+    assert run("--resume --data folder:moved --steps 4 --out run") == 0
 
 
 # ---------------------------------------------------------------------------------------------
