@@ -20,8 +20,9 @@ from torch.nn import functional as F
 import data
 import train
 import vit
+from downstream import probes
 from engine import config as flags
-from engine import distributed
+from engine import distributed, image_folder
 from tests.engine.runs import BLOCKS, MICRO, PLAIN, Enough, run, settings, small_photos, write_images
 
 # ---------------------------------------------------------------------------------------------
@@ -46,7 +47,7 @@ def task(steps_of, command):
     """The model's class, whether it has a teacher, and what a step returns; of what is not trained: what is scored."""
     torch.save(vit.create("vit_micro4", 16, 0).state_dict(), "init.pt")
     if "knn" in command:
-        assert run(f"{command} --init init.pt --out run") == 0
+        assert run(f"{command.replace(' --batch-size 4 --steps 3', '')} --init init.pt --out run") == 0
         result = json.loads(Path("run/result.json").read_text())
         return [name for name in result if name.startswith(("top", "test")) or (name == "steps" and result[name])]
     step = steps_of(f"{command} --init init.pt")[0]
@@ -106,6 +107,40 @@ def weights_from(steps_of, command):
         for name in ("one.pt", "other.pt")
         if Path(name).exists() and torch.equal(before, torch.load(name)["blocks.0.attn.qkv.weight"])
     ]
+
+
+def positions_from(steps_of, command):
+    """Whether the positions of the first step are those of a file that does not say its grid, or resized ones."""
+    torch.manual_seed(0)
+    saved = vit.create("vit_micro4", (16, 64), 0, pos_embed="1d").state_dict()
+    torch.save(saved, "no-grid.pt")
+    return torch.equal(steps_of(command)[0].before["pos_embed"], saved["pos_embed"])
+
+
+def predicted_images(steps_of, command):
+    """The names in predictions.csv."""
+    if not Path("run").exists():
+        assert run(f"{MICRO} --out run") == 0
+        for name in ("one/ant.png", "other/bee.png"):
+            Path(name).parent.mkdir()
+            Image.new("RGB", (16, 16), (90, 120, 60)).save(name)
+    assert run(command) == 0
+    return [name for name in ("ant.png", "bee.png") if name in Path("run/predictions.csv").read_text()]
+
+
+def decoding_processes(steps_of, command):
+    write_images("pictures", ant=2, bee=2) if not Path("pictures").exists() else None
+    seen = []
+
+    def loader(*_, num_workers, **__):
+        seen.append(num_workers)
+        raise Enough
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.utils.data, "DataLoader", loader)
+        with pytest.raises(Enough):
+            run(command)
+    return seen
 
 
 def frozen_weights_from(steps_of, command):
@@ -313,9 +348,9 @@ def colours(steps_of, command):
         patch.setattr(train, "train", stop)
         with pytest.raises(Enough):
             run(command)
-    draws = torch.rand(20, 5, generator=torch.Generator().manual_seed(0)).tolist()
-    crops = torch.stack([seen[0][0, (16, 16), (0.08, 1.0), draw][0] for draw in draws])
-    return bool((crops != torch.tensor([90, 120, 60])[:, None, None]).any())
+    crops, _ = next(seen[0].train_batches((16, 16), 20, range(1), 0, (0.08, 1.0), torch.device("cpu")))
+    crops = (crops * torch.tensor(seen[0].std)[:, None, None] + torch.tensor(seen[0].mean)[:, None, None]) * 255
+    return bool((crops.round() != torch.tensor([90, 120, 60])[:, None, None]).any())
 
 
 def pooled(steps_of, command):
@@ -391,7 +426,7 @@ def kind_of_mask(steps_of, command):
         found.append("never the top left one of 2 x 2")
     # Of two neighbours, both or none is masked: half of the pairs at random, more in blocks.
     alike = [(pictures[:, 1:] == pictures[:, :-1]).mean(), (pictures[:, :, 1:] == pictures[:, :, :-1]).mean()]
-    if np.mean(alike) > 0.7:
+    if np.mean(alike) > 0.7 and not found:  # what is hard may lie together, too
         found.append("neighbours together")
     return found
 
@@ -404,6 +439,21 @@ def hard_fractions(steps_of, command):
         hardest = np.argsort(-out.teacher_loss, axis=1)[:, :guided]
         assert np.take_along_axis(out.mask, hardest, axis=1).all(), "the hardest are hidden"
     return pytest.approx([out.fraction for out in steps])
+
+
+def tokens_of_teacher(steps_of, command):
+    """How many tokens the attention of the teacher, which learns nothing, sees at a time: in encoder and predictor."""
+    seen = set()
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: (
+            seen.add(args[0].shape[1]) if isinstance(module, vit.Attention) and not torch.is_grad_enabled() else None
+        )
+    )
+    try:
+        first(steps_of, command)
+    finally:
+        handle.remove()
+    return seen
 
 
 def kind_of_predictor(steps_of, command):
@@ -542,6 +592,12 @@ TABLE = {
         "": [], "--deduplicate photos": [3, 5], "--deduplicate folder:other": [1],
     }, dropped),
     "--init": (MICRO, {"": [], "--init one.pt": ["one.pt"], "--init other.pt": ["other.pt"]}, weights_from),
+    "--init-grid": (f"{MICRO} --img-size 16x64 --pos-embed 1d --init no-grid.pt", {
+        "--init-grid 4x16": True, "--init-grid 16x4": False,
+    }, positions_from),
+    "--images": ("--task predict --init run", {
+        "--images one": ["ant.png"], "--images other/bee.png": ["bee.png"],
+    }, predicted_images),
     "--out": (MICRO, {"--out here": ["here"], "--out there": ["there"]}, folder_of_run),
     "--overwrite": (MICRO, {"": (True, True), "--overwrite": (False, False)}, replaced),
     "--resume": (LONG, {"--steps 9": "refused", "--resume": 6}, step_that_follows),
@@ -592,9 +648,9 @@ TABLE = {
     }, gelu_by_formula),
     "--pixels": (MICRO, {"": (-2, 2), "--pixels own": (-2, 2), "--pixels half": (-1, 1)}, black_and_white),
     "--mask-ratio": (HPM, {"": 12 / 16, "--mask-ratio 0.5": 8 / 16, "--mask-ratio 0.3": 5 / 16}, masked_share),
-    "--mask": (f"{HPM} --img-size 32 --mask-ratio 0.5 --alpha 1,1", {
-        "": ["the largest predicted loss"],
-        "--mask hard": ["the largest predicted loss"],
+    "--mask": (f"{HPM} --img-size 32 --mask-ratio 0.5", {
+        "--alpha 1,1": ["the largest predicted loss"],
+        "--mask hard --alpha 1,1": ["the largest predicted loss"],
         "--mask random": ["the largest noise"],
         "--mask grid": ["never the top left one of 2 x 2"],
         "--mask block": ["neighbours together"],
@@ -602,18 +658,25 @@ TABLE = {
     "--alpha": (HPM, {
         "": [0, 0.5 / 3, 1 / 3], "--alpha 0.2,0.8": [0.2, 0.4, 0.6], "--alpha 1,0.4": [1, 0.8, 0.6],
     }, hard_fractions),
+    "--teacher": (f"{HPM} --alpha 1,1", {
+        "": {17}, "--teacher whole": {17}, "--teacher in-turn": {5, 17},
+    }, tokens_of_teacher),
     "--predictor-loss": (f"{HPM} --mask random", {
         "": ["relative"], "--predictor-loss relative": ["relative"], "--predictor-loss absolute": ["absolute"],
         "--predictor-loss none": [],
     }, kind_of_predictor),
-    "--target": (f"{MICRO} --task mae --target-weights one.pt", {
+    "--target": (f"{MICRO} --task mae", {
         "": (48, ["pixels"]), "--target pixels": (48, ["pixels"]), "--target norm-pixels": (48, ["norm-pixels"]),
-        "--target hog": (27, []), "--target ema": (64, []), "--target dino": (64, []),
+        "--target hog": (27, []), "--target ema": (64, []),
+        "--target dino --target-weights one.pt": (64, []),
     }, kind_of_target),
     "--target-weights": (f"{HPM} --target dino", {
         "--target-weights one.pt": ["one.pt"], "--target-weights other.pt": ["other.pt"],
     }, frozen_weights_from),
     "--seed": (MICRO, {"": [0], "--seed 1": [1], "--seed 2": [2]}, seed_of_weights),
+    "--workers": (f"{MICRO} --data folder:pictures", {
+        "--workers 0": [0], "--workers 3": [3],
+    }, decoding_processes),
     "--device": (MICRO, {"--device cpu": {"cpu"}, "--device cuda": "refused"}, device),
     "--dtype": (MICRO, {
         "": {torch.float32}, "--dtype float32": {torch.float32}, "--dtype bfloat16": {torch.bfloat16},
@@ -639,3 +702,151 @@ def test_every_flag_has_a_row():
     """A flag without one may do nothing, and nobody would know."""
     with_flag = {f"--{field.name.replace('_', '-')}" for field in flags.FIELDS if field.metadata["metavar"] is not None}
     assert with_flag == TABLE.keys()
+
+
+# ---------------------------------------------------------------------------------------------
+# In which task a flag does something
+# ---------------------------------------------------------------------------------------------
+
+TASKS = "supervised mpp mae hpm finetune linear knn fewshot predict".split()
+TRAINED = "supervised mpp mae hpm finetune linear"
+DATA = f"{TRAINED} knn fewshot"
+CLASSIFY = "supervised finetune"
+# The flag and a value that is not its default; the tasks in which it does something, from the papers' and the tasks'
+# descriptions: L_pred's teacher is HPM's, labels are smoothed where there are labels, …
+USES = {
+    "--arch vit_ti32": f"{DATA} predict", "--data photos": f"{DATA} predict", "--data-dir here": DATA,
+    "--labels 9": f"{TRAINED} knn", "--deduplicate photos": DATA, "--init one.pt": f"{DATA} predict",
+    "--init-grid 4x4": f"{DATA} predict", "--images here": "predict", "--out here": f"{DATA} predict",
+    "--overwrite": DATA, "--resume": DATA, "--img-size 24": f"{DATA} predict", "--epochs 0.2": TRAINED,
+    "--steps 2": TRAINED, "--batch-size 6": TRAINED, "--micro-batch 2": f"{DATA} predict",
+    "--optimizer": TRAINED, "--lr 0.05": TRAINED, "--warmup 3": TRAINED, "--decay linear": TRAINED,
+    "--polyak 0.5": CLASSIFY, "--layer-decay 0.3": CLASSIFY, "--weight-decay 0.4": TRAINED,
+    "--dropout 0.3": f"{CLASSIFY} mpp", "--drop-path 0.3": f"{CLASSIFY} mpp", "--smoothing 0.3": f"{CLASSIFY} linear",
+    "--erasing 0.9": CLASSIFY, "--mixup 0.5": CLASSIFY, "--cutmix 0.5": CLASSIFY, "--randaugment 5": CLASSIFY,
+    "--pool": f"{CLASSIFY} linear knn fewshot predict",
+    "--pos-embed none": f"{CLASSIFY} mpp linear knn fewshot predict",
+    "--gelu tanh": f"{DATA} predict", "--pixels half": f"{DATA} predict", "--mask-ratio 0.5": "mae hpm",
+    "--mask grid": "mae hpm", "--alpha 1,1": "mae hpm", "--teacher in-turn": "hpm",
+    "--predictor-loss absolute": "mae hpm", "--target norm-pixels": "mae hpm", "--target-weights other.pt": "mae hpm",
+    "--seed 1": f"{DATA} predict", "--workers 1": f"{DATA} predict", "--device cpu": f"{DATA} predict",
+    "--dtype bfloat16": f"{DATA} predict", "--compile": TRAINED, "--no-compile": TRAINED,
+    "--checkpointing": "supervised finetune mpp mae hpm", "--fsdp": TRAINED,
+}  # fmt: skip
+# What a flag needs beside it, or its value in that task.
+BESIDE = {
+    ("--alpha", "mae"): "--mask hard --predictor-loss relative",
+    ("--target-weights", "mae"): "--target dino",
+    ("--target-weights", "hpm"): "--target dino",
+    ("--data-dir", "any"): "--data fashion-mnist",
+    ("--randaugment", "any"): "--data folder:pictures",
+    ("--workers", "any"): "--data folder:pictures",
+    ("--init-grid", "any"): "--init one.pt",
+    ("--optimizer", "any"): "sgd",
+    ("--optimizer", "linear"): "adamw",
+    ("--pool", "any"): "mean",
+    ("--pool", "finetune"): "cls",
+}
+# What changes nothing that a step shows, and why it is there.
+SHOWN_ELSEWHERE = {
+    "--out": "where the run is", "--overwrite": "what was there", "--resume": "where it starts",
+    "--device": "there is one here", "--fsdp": "there is one process", "--data-dir": "where the files are",
+    "--workers": "which process decodes", "--init-grid": "for files that do not say it", "--no-compile": "the default",
+    "--data": "its own row", "--arch": "its own row", "--deduplicate": "there are none",
+}  # fmt: skip
+
+
+def command_for(flag, task):
+    """The command of a run of `task` with this flag, and the same without."""
+    name = flag.split()[0]
+    beside = BESIDE.get((name, task)) or BESIDE.get((name, "any")) or ""
+    rest = f"--task {task} --img-size 16" + " --arch vit_micro4" * (name != "--arch")
+    rest += " --init one.pt" * (task in "finetune linear knn fewshot predict".split() and "--init" not in beside)
+    rest += " --images here" * (task == "predict" and name != "--images")
+    rest = " ".join([rest, *(option for option in ("--batch-size 4", "--steps 5") if task in TRAINED.split())])
+    rest += " --data folder:pictures" * (task == "fewshot" and "--data" not in beside)  # 30 images at least
+    if name in ("--init", "--target-weights"):  # which can't be left out
+        return f"{rest} {beside} {flag}", f"{rest} {beside} {name} {'other.pt' if 'one' in flag else 'one.pt'}"
+    if name in ("--img-size", "--batch-size", "--steps", "--init", "--epochs"):
+        shown = {"--epochs": "--steps"}.get(name, name)
+        rest = " ".join(part for part in rest.replace(" --", "\n--").splitlines() if not part.startswith(f"{shown} "))
+    return (f"{rest} {flag} {beside}", rest) if name in ("--optimizer", "--pool") else (
+        f"{rest} {beside} {flag}", f"{rest} {beside}")  # fmt: skip
+
+
+def test_every_flag_is_in_the_table_of_tasks():
+    """And --no-compile."""
+    assert {flag.split()[0] for flag in USES} == TABLE.keys() - {"--task"} | {"--no-compile"}
+
+
+@pytest.mark.parametrize(
+    ("task", "resume"), [*((task, False) for task in TASKS), *((task, True) for task in TASKS[:-1])]
+)
+def test_a_flag_that_does_nothing_in_a_task_is_refused(task, resume, small, capsys):
+    """In one line, which says where it does something; also of a run that goes on. Others are not."""
+    saved = flags.saved_values(settings(f"{MICRO} --task hpm")[0]) | dict(task=task, init="one.pt")
+    saved |= {} if task in TRAINED.split() else dict(lr=(0.0,), steps=0, warmup=0)
+    for flag, tasks in USES.items():
+        given = flags.parse(
+            f"--task {task} {flag} {BESIDE.get((flag, task)) or BESIDE.get((flag, 'any')) or ''}".split()
+        )
+        if task in tasks.split():
+            flags.check_tasks(given, task)
+            continue
+        with pytest.raises(ValueError, match="does nothing") as error:
+            flags.resumed(given, saved, Path("run/config.json")) if resume else flags.configure(given)
+        message = str(error.value)
+        assert "\n" not in message
+        named, _, where = message.partition(f" does nothing in --task {task}, but in ")
+        assert named == flag.split()[0]
+        assert where == ", ".join(other for other in TASKS if other in tasks.split()) + "; leave it out"
+
+
+def trace(steps_of, command, monkeypatch):
+    """All that a run does in three steps, or in its evaluation, that the steps themselves show: comparable."""
+    seen, blocks = [], []
+
+    def digest(tensor):
+        return tensor.detach().double().numpy().tobytes()
+
+    def extract(model, split, *how):
+        images, labels = next(split.test_batches(how[0], 99, torch.device("cpu")))
+        features, labels = original(model, split, *how)
+        seen.append((len(split), digest(images), digest(features), labels.tolist(), how[1]))
+        return features, labels
+
+    original = probes.extract
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: blocks.append(len(args[0])) if isinstance(module, vit.Attention) else None
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(probes, "extract", extract)
+        patch.setattr(nn.Module, "compile", lambda module: seen.append("compiled"))
+        patch.setattr(torch, "compile", lambda function: seen.append("compiled") or function)
+        patch.setattr(image_folder, "workers", lambda: 0)
+        steps = steps_of(f"{command} --overwrite --out trace", n=6)
+    handle.remove()
+    assert steps != "refused", command
+    for step in steps if isinstance(steps, list) else ():
+        seen += [type(step.optimizer).__name__, sorted(step.rates.items()), len(step.images), digest(step.images)]
+        seen += [sorted(step.metrics.items()), [(name, digest(p)) for name, p in step.after.items()]]
+        seen += [(name, digest(p)) for name, p in (step.average.named_parameters() if step.average else ())]
+    return blocks, seen
+
+
+@pytest.mark.slow  # some 300 short runs
+@pytest.mark.parametrize("task", TASKS[:-1])
+def test_a_flag_that_is_accepted_in_a_task_changes_what_it_does(task, steps_of, monkeypatch):
+    """What came in, what was computed from it, how it was scored: something is other than without the flag."""
+    torch.manual_seed(0)
+    for name in ("one.pt", "other.pt"):
+        torch.save(vit.create("vit_micro4", 16, 0, pos_embed="1d").state_dict(), name)
+    write_images("pictures", ant=12, bee=12, cat=12)
+    idle = []
+    for flag, tasks in USES.items():
+        if task not in tasks.split() or flag.split()[0] in SHOWN_ELSEWHERE:
+            continue
+        with_flag, without = command_for(flag, task)
+        if trace(steps_of, with_flag, monkeypatch) == trace(steps_of, without, monkeypatch):
+            idle.append(flag)
+    assert idle == (["--seed 1"] if task == "knn" else []), "nearest neighbours draw nothing"

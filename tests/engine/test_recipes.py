@@ -33,7 +33,7 @@ NOT_DONE = dict(
 ADAMW = dict(optimizer="adamw", betas=(0.9, 0.999))
 MASKED = dict(mask_ratio=0.75, target="pixels")
 # ViT, table 4, and appendix B.1.1: SGD with momentum, batch 512, no weight decay, cosine, clipped at norm 1, 20,000
-# steps; vit_jax/configs/common.py:62-67: 0.03 of the grid {0.003, 0.01, 0.03, 0.06}, warm-up of 500 steps.
+# steps; vit_jax/configs/common.py:64-68: 0.03 of the grid {0.003, 0.01, 0.03, 0.06}, warm-up of 500 steps.
 TABLE_4 = dict(
     optimizer="sgd", steps=20_000, epochs=None, batch_size=512, rate=0.03 / 2, warmup=500, weight_decay=0.0,
     crop=(0.08, 1.0), clip=1.0, pool="cls",
