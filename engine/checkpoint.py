@@ -134,7 +134,7 @@ def read_log(out, warn=False):
         else:
             torn += i + 1 < len(lines) or text.endswith("\n")
     if warn and (torn or not lines):
-        what = f"{torn} lines of {path} can't be read" if lines else f"{path} is not there, or empty"
+        what = f"{torn} of the lines of {path} can't be read" if lines else f"{path} is not there, or empty"
         print(f"warning: {what}; {out / 'curves.png'} lacks these steps", file=sys.stderr)
     return log
 
