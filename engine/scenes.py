@@ -8,6 +8,11 @@ from (seed, index, epoch) alone: `numbers` draws, for a whole epoch, all that is
 turns rows of it into images, on the device, a batch at a time. So the class, the mask and the box of every item are
 known exactly; whoever wants them asks for `objects=True`. Test scenes show test items before those parts of the
 photographs that training never sees, and are the same in every run.
+
+One thread of a processor that had other work, too, made 7,600 to 8,200 scenes a second, 2,400 of scenes-many. An item
+covers 12 of the 64 patches of 8 x 8 by a quarter and more (3 to 30). They differ from the mean colour of their scene
+more than the others do with an area under the ROC curve of 0.80: so they are harder to reconstruct, by 0.78 after as
+little as 40 steps of 128.
 """
 
 import functools
