@@ -1201,10 +1201,10 @@ def test_speed_of_decoding_is_that_of_pillow_or_better(crop, one_thread, tmp_pat
     assert theirs / mine >= 0.9, f"{mine / 20 * 1e3:.2f} ms an image, Pillow {theirs / 20 * 1e3:.2f} ms"
 
 
-@pytest.mark.parametrize("side", [29, 96, 232, 448])
+@pytest.mark.parametrize("side", [29, 232])
 def test_a_whole_image_is_read_whatever_its_height(tmp_path, side):
     """Of height * side / side rounding may make more than height, by 1e-15, and Pillow refuses a box outside of it."""
-    for height in range(20, 140):
+    for height in range(30, 130):
         Image.new("RGB", (height + 10, height), (10, 200, 30)).save(tmp_path / "image.bmp")
         image = image_folder.read_image(tmp_path / "image.bmp", (side, side), None, None, crop_pct=1.0)
         assert (image == torch.tensor([10, 200, 30]).view(3, 1, 1)).all(), height
