@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -541,3 +542,30 @@ def test_prediction_needs_weights_and_images(small, capsys):
     for command, word in (("--images x.png", "--init"), ("--init run.pt", "--images"), ("", "--init")):
         assert run(f"--task predict {command}") == 2
         assert word in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------
+# Commands that the pages give
+# ---------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "train.py", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(text):
+    """What stands behind `train.py` on a page, on one line or, behind a backslash, two; and code that is flags alone."""
+    found = re.findall(r"train\.py((?: +(?:--)?[^\s`|]+)+)", text.replace("\\\n", " "))
+    found += re.findall(r"`(--task [^`\n]+)`", text)
+    return [command.strip().split("  ")[0] for command in found if " --" in f" {command}"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_on_the_pages_are_accepted(page):
+    """Every flag in them does something in their task, and every value is possible."""
+    for command in commands(page.read_text(encoding="utf-8")):
+        words = [word for word in command.split() if word not in ("…", "...")]
+        if "--FLAG" in command or "--help" in command:
+            continue
+        given = flags.parse(words)
+        flags.check_values(given)
+        flags.check_tasks(given, given.task or "supervised")
