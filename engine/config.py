@@ -272,11 +272,8 @@ def configure(given):
     images = len(dataset.train) if dataset else 0
     recipe = recipes.recipe_of(values.task, values.arch, values.data, values.optimizer, images)
     default(**{name: recipe[name] for name in ("weight_decay", *recipes.OFF)})
-    default(
-        batch_size=recipe["batch_size"]
-        if values.task in NOT_TRAINED
-        else recipes.batch_of(recipe["batch_size"], images)
-    )
+    most = recipe["batch_size"]
+    default(batch_size=most if values.task in NOT_TRAINED else recipes.batch_of(most, images))
     default(lr=(recipe["lr"] * values.batch_size / 256,))
     if not on_cuda or values.task in NOT_TRAINED:
         default(micro_batch=recipes.fitting_micro_batch(values))

@@ -553,7 +553,7 @@ PAGES = [ROOT / "README.md", ROOT / "train.py", *sorted((ROOT / "docs").glob("*.
 
 
 def commands(text):
-    """What stands behind `train.py` on a page, on one line or, behind a backslash, two; and code that is flags alone."""
+    """What stands behind `train.py` on a page, on two lines behind a backslash; and code that is flags alone."""
     found = re.findall(r"train\.py((?: +(?:--)?[^\s`|]+)+)", text.replace("\\\n", " "))
     found += re.findall(r"`(--task [^`\n]+)`", text)
     return [command.strip().split("  ")[0] for command in found if " --" in f" {command}"]
