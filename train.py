@@ -610,9 +610,6 @@ def run(config, dataset, model, out, checkpoint, origin, params):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are no text
-    try:
-        code = main()
-        distributed.end()
-    finally:
-        ending.end_workers()
+    code = main()
+    distributed.end()
     sys.exit(code)

@@ -3,7 +3,6 @@
 What a user can mend never ends in a traceback, and nothing that was saved is lost.
 """
 
-import multiprocessing
 import os
 import shlex
 import signal
@@ -52,14 +51,6 @@ def stop_after_this_step():
     for number in SIGNALS:
         signal.signal(number, ask)
     return stop
-
-
-def end_workers():
-    """End the processes that decode images. Python ends them by SIGTERM, which they ignore, and waits for ever."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else PyTorch makes an error of it, in place of the first one
-    for worker in multiprocessing.active_children():
-        worker.kill()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -478,7 +478,8 @@ def test_what_is_no_line_of_a_log_is_left_out(kind, capsys):
     assert checkpoint.read_log(Path()) == [{"step": 1}, {"step": 3}]
     assert not capsys.readouterr().err
     checkpoint.read_log(Path(), warn=True)
-    assert capsys.readouterr().err == "warning: 1 of the lines of log.jsonl can't be read; curves.png lacks these steps\n"
+    said = "1 of the lines of log.jsonl can't be read; curves.png lacks these steps"
+    assert capsys.readouterr().err == f"warning: {said}\n"
 
 
 @pytest.mark.parametrize("there", [None, b"", b'{"step": 1}\n', b'{"step": 1}\n{"st', b"\xff"])

@@ -342,7 +342,6 @@ def test_a_run_needs_nothing_that_windows_or_macos_lack(small, shallow, no_figur
     assert run(f"{MICRO} --task linear --init run/last.pt --out probe") == 0
     write_images("pictures", ant=4, cat=4)
     assert run(f"{MICRO} --data folder:pictures --workers 0 --steps 1 --out folder") == 0
-    ending.end_workers()
 
 
 # ---------------------------------------------------------------------------------------------
