@@ -38,6 +38,14 @@ Dataset = namedtuple("Dataset", "name classes mean std train test")
 NATIVE_SIZE = {"fashion-mnist": 28, "cifar10": 32, "cifar100": 32, "scenes": 64, "scenes-many": 96}  # pixels
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SCENES = (0.525, 0.389, 0.348), (0.284, 0.236, 0.241)
+STATISTICS = {  # mean, std of the training images; photos and folders have ImageNet's
+    "scenes": SCENES,
+    "scenes-many": SCENES,
+    "fashion-mnist": ((0.2860,), (0.3530,)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
 
 # ---------------------------------------------------------------------------------------------
 # Order and randomness
@@ -383,8 +391,7 @@ def photos(size=(224, 224)):
 
 def fashion_mnist(folder):
     """Fashion-MNIST (Xiao et al. 2017): 60,000 and 10,000 grey images of 28 x 28 pixels, 10 classes."""
-    statistics = (0.2860,), (0.3530,)
-    splits = []
+    statistics, splits = STATISTICS["fashion-mnist"], []
     for split, n in (("train", 60_000), ("t10k", 10_000)):
         images = read_idx(folder, f"{split}-images-idx3-ubyte.gz", 16, (n, 1, 28, 28))
         labels = read_idx(folder, f"{split}-labels-idx1-ubyte.gz", 8, (n,), largest=9)
@@ -417,12 +424,10 @@ def cifar(name, data_dir):
     if name == "cifar10":
         archive, base, label_bytes, names = "cifar-10-binary.tar.gz", "cifar-10-batches-bin", 1, "batches.meta.txt"
         train, test = [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"]
-        statistics = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
     else:
         archive, base, label_bytes, names = "cifar-100-binary.tar.gz", "cifar-100-binary", 2, "fine_label_names.txt"
         train, test = ["train.bin"], ["test.bin"]
-        statistics = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
-    n = 10 if name == "cifar10" else 100
+    n, statistics = 10 if name == "cifar10" else 100, STATISTICS[name]
     path = fetch(data_dir, archive, CIFAR_URL, CIFAR_MD5)
     try:
         with tarfile.open(path, "r:gz") as tar:  # members are read, never unpacked to disk

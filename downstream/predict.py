@@ -20,18 +20,11 @@ from tqdm import tqdm
 
 import data
 from downstream import probes
-from engine import distributed, files, image_folder, plots, scenes, weights
+from engine import distributed, files, image_folder, plots, weights
 from engine.recipes import AUTOENCODERS, CLASSIFIERS
 
 TASKS = (*CLASSIFIERS, "linear", *AUTOENCODERS)  # whose models have something to say
 TOP, ROWS, PICTURES = 5, 20, 6  # classes of an image; images on the screen, and in the picture
-STATISTICS = {  # mean and std, as `data.load` gives them; all other data have ImageNet's
-    "fashion-mnist": ((0.2860,), (0.3530,)),
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "scenes": scenes.STATISTICS,
-    "scenes-many": scenes.STATISTICS,
-}
 
 
 def run(config, out, build):
@@ -52,7 +45,7 @@ def run(config, out, build):
     task, name = trained["task"] if is_run else "supervised", config.data
     if task not in TASKS:
         raise ValueError(f"{init} is of --task {task}, which trains no classifier; give a run of {', '.join(TASKS)}")
-    mean, std = STATISTICS.get(name, (data.IMAGENET_MEAN, data.IMAGENET_STD))
+    mean, std = data.STATISTICS.get(name, (data.IMAGENET_MEAN, data.IMAGENET_STD))
     if config.pixels == "half":
         mean = std = (0.5,) * len(mean)
     whole = name in data.NATIVE_SIZE or (name == "photos" and is_run)  # else the middle, as with ImageNet

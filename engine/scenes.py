@@ -37,7 +37,6 @@ HEIGHT = 320  # of the photographs, in pixels: so a scene shows a part of a thin
 SIDE = 28  # of an item of Fashion-MNIST
 ENLARGED = (1.0, 1.5)  # from, to
 CONTRAST = (0.6, 1.0)
-STATISTICS = (0.525, 0.389, 0.348), (0.284, 0.236, 0.241)  # of training scenes
 
 
 @functools.lru_cache(maxsize=2)
@@ -217,6 +216,6 @@ def load(data_dir, size, many=False):
     name = "scenes-many" if many else "scenes"
     items, splits = data.fashion_mnist(data_dir / "fashion-mnist"), []
     for split, (images, sizes) in zip((items.train, items.test), photographs(), strict=True):
-        world = images, sizes, *STATISTICS, data.NATIVE_SIZE[name], 1 + many
+        world = images, sizes, *data.STATISTICS[name], data.NATIVE_SIZE[name], 1 + many
         splits.append(Scenes(split.images[:, 0], split.labels, *world))
-    return data.Dataset(name, items.classes, *STATISTICS, *splits)
+    return data.Dataset(name, items.classes, *data.STATISTICS[name], *splits)

@@ -165,7 +165,7 @@ def test_images_are_prepared_as_the_runs_test_images(name, size, pixels, runs, m
     """Bit for bit: the middle of a folder's; of data that are all of 16 pixels the whole, be it resized."""
     monkeypatch.setattr(data, "cifar", lambda *_: small_photos())
     monkeypatch.setitem(data.NATIVE_SIZE, "cifar10", 16)
-    monkeypatch.setitem(predict.STATISTICS, "cifar10", small_photos()[2:4])
+    monkeypatch.setitem(data.STATISTICS, "cifar10", small_photos()[2:4])
     tested = coloured(10, seed=10)[0]
     for i, image in enumerate(tested.permute(0, 2, 3, 1).numpy()):
         save_image(Image.fromarray(image), Path(f"new/{i}.png"))
@@ -211,7 +211,7 @@ def test_a_model_of_grey_images_sees_colours_as_pillow_makes_them_grey(size, tmp
     grey = torch.arange(28 * 28).remainder(256).to(torch.uint8).view(28, 28)
     save_image(Image.fromarray(grey.numpy()), tmp_path / "grey.png")
     wanted = torch.from_numpy(np.array(Image.fromarray(colours.numpy()).convert("L")))
-    wanted, statistics = torch.stack([wanted, grey])[:, None], predict.STATISTICS["fashion-mnist"]
+    wanted, statistics = torch.stack([wanted, grey])[:, None], data.STATISTICS["fashion-mnist"]
     split = predict.Images(sorted(tmp_path.glob("*.png")), *statistics, 28, whole=True)
     own = data.InMemory(wanted, torch.zeros(2).long(), *statistics)
     [(images, labels)], [(theirs, _)] = (list(s.test_batches(size, 2, CPU)) for s in (split, own))
@@ -225,7 +225,7 @@ def test_mean_and_deviation_are_those_that_the_data_come_with(name, tmp_path, mo
     if name in CIFAR:
         (tmp_path / CIFAR[name]).write_bytes(archive(cifar_members(name)[0]))
     found = data.load(name, (16, 16), tmp_path)
-    assert predict.STATISTICS.get(name, (data.IMAGENET_MEAN, data.IMAGENET_STD)) == (found.mean, found.std)
+    assert data.STATISTICS.get(name, (data.IMAGENET_MEAN, data.IMAGENET_STD)) == (found.mean, found.std)
 
 
 # ---------------------------------------------------------------------------------------------
