@@ -268,7 +268,7 @@ def pipelines(args):
         files, image = [Path(folder, f"{i}.jpg") for i in range(64)], photograph()
         for i, file in enumerate(files):
             image.rotate(i).save(file, quality=90)
-        draws = torch.rand(64, 5).tolist()
+        draws = data.draw_crops(64, 0, 0).tolist()
 
         def batches(crop):
             return lambda: [0 for _ in small.train_batches((28, 28), 256, range(8), 0, crop, device)]
