@@ -54,20 +54,27 @@ OUT_OF_MEMORY = {  # as Python, NumPy, PyTorch and the system say it
 
 
 @pytest.mark.parametrize("kind", OUT_OF_MEMORY)
-def test_out_of_memory_is_one_line_that_names_a_smaller_micro_batch(kind, finished, monkeypatch, capsys):
-    """In a step, on a host or a device. 4 is the batch, 2 its largest smaller divisor; what was saved stays."""
-    saved = Path("run/last.pt").read_bytes()
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", fail(OUT_OF_MEMORY[kind]))
-        assert run("--resume --steps 14 --out run") == 1
+def test_out_of_memory_is_one_line_that_names_a_smaller_micro_batch(kind, small, capsys):
+    """On a host or a device. 4 is the batch, 2 its largest smaller divisor."""
+    config, _ = settings(MICRO)
+    Path("last.pt").touch()
+    assert ending.explain(OUT_OF_MEMORY[kind], Path(), config, begun=True) == 1
     error = one_line(capsys)
-    assert "run/last.pt has the last good state" in error
     assert error.startswith("error: out of memory (")
     assert "enforce fail" not in error, "which says nothing"
+    assert "; last.pt has the last good state; " in error
     assert error.endswith("with 4 images at a time; try --micro-batch 2")
+
+
+def test_a_run_goes_on_after_it_was_out_of_memory(finished, monkeypatch, capsys):
+    """With what the line says; nothing that was saved is lost."""
+    saved = Path("run/last.pt").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", fail(OUT_OF_MEMORY["CUDA"]))
+        assert run("--resume --steps 14 --out run") == 1
+    assert one_line(capsys).endswith("try --micro-batch 2")
     assert Path("run/last.pt").read_bytes() == saved
-    if kind == "CUDA":
-        assert run("--resume --steps 14 --micro-batch 2 --out run") == 0
+    assert run("--resume --steps 14 --micro-batch 2 --out run") == 0
 
 
 PLACES = {  # where memory may run out: what is called there
@@ -81,7 +88,10 @@ PLACES = {  # where memory may run out: what is called there
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
+OFTEN = ("building the model", "scores")  # the others are slow, all in all
+
+
+@pytest.mark.parametrize("place", [pytest.param(p, marks=() if p in OFTEN else pytest.mark.slow) for p in PLACES])
 def test_memory_may_run_out_anywhere(place, small, shallow, no_figures, monkeypatch, capsys):
     monkeypatch.setattr(*PLACES[place], fail(MemoryError()))
     lr = "--optimizer sgd --lr 0.1,0.2" if place == "several learning rates" else ""
@@ -108,19 +118,20 @@ GONE = [
 
 
 @pytest.mark.parametrize("text", GONE)
-def test_a_worker_that_is_gone_is_one_line_that_names_workers(text, finished, monkeypatch, capsys):
+def test_a_worker_that_is_gone_is_one_line_that_names_workers(text, capsys):
     """The kernel ends whoever takes too much memory, without a word."""
-    monkeypatch.setattr(train, "train_step", fail(RuntimeError(text)))
-    assert run("--resume --steps 14 --out run") == 1
+    assert ending.explain(RuntimeError(text), None, None, begun=True) == 1
     assert "try a smaller --workers" in one_line(capsys)
 
 
-def test_a_fault_of_the_program_is_still_a_traceback(finished, monkeypatch):
+def test_a_fault_of_the_program_is_still_a_traceback(finished, monkeypatch, capsys):
     """Nobody finds it by a line that says to use less memory."""
     for error in (RuntimeError("size mismatch"), TypeError("no number"), IndexError("out of range")):
-        monkeypatch.setattr(train, "train_step", fail(error))
-        with pytest.raises(type(error), match=str(error)):
-            run("--resume --steps 14 --out run")
+        assert ending.explain(error, None, None, begun=True) is None
+        assert not capsys.readouterr().err
+    monkeypatch.setattr(train, "train_step", fail(error))
+    with pytest.raises(IndexError, match="out of range"):
+        run("--resume --steps 14 --out run")
 
 
 @pytest.mark.parametrize(
@@ -220,8 +231,10 @@ def test_a_run_on_cuda_takes_what_fits_and_says_so(small, shallow, no_figures, m
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flag", ["", "--out run", "--out far/below/run", "--out link"])
-@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+@pytest.mark.parametrize(
+    ("flag", "number"),
+    [("", errno.EROFS), ("--out far/below/run", errno.EACCES), ("--out link", errno.ENOSPC)],
+)
 def test_a_file_system_that_takes_nothing_is_one_line_at_the_start(flag, number, small, shallow, monkeypatch, capsys):
     """Read-only, forbidden or full; before anything is trained: exit code 2."""
     Path("link").symlink_to("elsewhere")
@@ -247,7 +260,7 @@ def test_an_out_that_is_too_long_is_one_line(name, small, shallow, capsys):
     assert one_line(capsys)
 
 
-@pytest.mark.parametrize("number", [errno.EROFS, errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("number", [errno.EROFS, pytest.param(errno.EIO, marks=pytest.mark.slow)])
 def test_a_disk_that_fails_later_is_exit_code_1(number, finished, monkeypatch, capsys):
     """What was saved is still there."""
     monkeypatch.setattr(run_folder, "append_log", fail(OSError(number, os.strerror(number))))

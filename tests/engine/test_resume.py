@@ -119,7 +119,7 @@ FROZEN = {
 }
 
 
-@pytest.mark.parametrize("command", FROZEN)
+@pytest.mark.parametrize("command", [list(FROZEN)[0], pytest.param(list(FROZEN)[1], marks=pytest.mark.slow)])
 def test_frozen_weights_have_to_be_those_that_a_run_began_with(command, small, shallow, no_figures, capsys):
     """They are in no checkpoint: a probe's head, or a student, would learn from another function half of its time."""
     encoder(seed=0)
@@ -258,7 +258,7 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("kind", [pytest.param("gone", marks=pytest.mark.slow), "binary in the middle"])
 def test_a_log_that_is_lost_or_torn_does_not_break_a_good_run(kind, finished, monkeypatch, capsys):
     """Weights and result are those of the run; one warning says what curves.png lacks."""
     whole = contents("run")
