@@ -19,12 +19,13 @@ def true_losses(self, images, noise=None):
     """In place of hpm.HPM.ask_teacher: the student's losses (B, N), averaged as predictions in turn; no features."""
     if noise is None:
         return None, None
-    visible, hidden = hpm.split_in_turn(noise[..., -1], self.hidden)  # (B, G, v), (B, G, n)
-    many = images.repeat_interleave(hidden.shape[1], dim=0)  # (B * G, C, H, W)
-    prediction, _ = self.student(many, visible.flatten(0, 1), hidden.flatten(0, 1))
-    target = hpm.gather(self.targets(many), hidden.flatten(0, 1))
-    loss = hpm.reconstruction_loss(prediction.float(), target.float(), self.metric).view_as(hidden)
-    return hpm.average_in_turn(loss, hidden, noise.shape[1]), None
+    mask = hpm.hide_in_turn(noise[..., -1], self.hidden)  # (B, G, N)
+    visible, hidden = hpm.split_mask(mask.flatten(0, 1), self.hidden)  # (B * G, v), (B * G, n)
+    images = images.repeat_interleave(mask.shape[1], dim=0)  # (B * G, C, H, W)
+    prediction, _ = self.student(images, visible, hidden)
+    target = hpm.gather(self.targets(images), hidden)
+    loss = hpm.reconstruction_loss(prediction.float(), target.float(), self.metric)  # (B * G, n)
+    return hpm.average_in_turn(loss.view(len(mask), -1, self.hidden), mask), None
 
 
 if __name__ == "__main__":
