@@ -407,9 +407,10 @@ def train(config, model, dataset, out, checkpoint, origin):
 def compile_model(model):
     """torch.compile what runs in a step: a classifier, or the student and the teacher's prediction."""
     getattr(model, "student", model).compile()
-    if getattr(model, "teacher", None) is not None:
-        model.teacher.compile()  # asked in turn
-        model.teacher.predict_loss = torch.compile(model.teacher.predict_loss)  # asked about the whole
+    if getattr(model, "in_turn", False):
+        model.teacher.compile()
+    elif getattr(model, "teacher", None) is not None:
+        model.teacher.predict_loss = torch.compile(model.teacher.predict_loss)
 
 
 def origin_of(config, model, dataset):

@@ -174,8 +174,9 @@ def compiled(models):
     models = {f"{name}, compiled": copy.deepcopy(model) for name, model in models.items()}
     for model in models.values():
         getattr(model, "student", model).compile()
-        if getattr(model, "teacher", None) is not None:
+        if getattr(model, "in_turn", False):
             model.teacher.compile()
+        elif getattr(model, "teacher", None) is not None:
             model.teacher.predict_loss = torch.compile(model.teacher.predict_loss)
     return models
 

@@ -683,6 +683,7 @@ TABLE = {
     }, precision),
     "--compile": (MICRO, {
         "": [], "--no-compile": [], "--compile": ["ViT"], "--task hpm --compile": ["Autoencoder", "predict_loss"],
+        "--task hpm --teacher in-turn --compile": ["Autoencoder", "Autoencoder"],
     }, compiled),
     "--checkpointing": (MICRO, {"": 1, "--checkpointing": 2}, runs_of_a_block),
     "--fsdp": (MICRO, {"": [False], "--fsdp": [True]}, sharded),
