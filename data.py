@@ -297,8 +297,10 @@ def to_plus_minus_1(dataset):
 
 
 def to_device(tensor, device):
-    """Copy from the host to a device; from pinned memory, if that is a GPU, so that the host need not wait for it."""
-    return tensor if torch.device(device).type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    """Copy from the host to a device; to CUDA from pinned memory, so that the host need not wait for it."""
+    return (
+        tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor.to(device)
+    )
 
 
 # ---------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
     python train.py --arch vit_micro4 --data fashion-mnist      a small ViT, to the end, on a laptop
     python train.py --task hpm --arch vit_micro4 --data fashion-mnist
     python train.py --task linear --arch vit_micro4 --data fashion-mnist --init runs/hpm-…/last.pt
+    python train.py --task predict --init runs/finetune-… --images holiday/
 
 Read this file from top to bottom:
 
@@ -13,7 +14,7 @@ Read this file from top to bottom:
     the loop    steps, and what is logged, scored and saved after some of them
     main        the program around it
 
-The flags, and the papers' recipes for them, are in engine/config.py; what a run leaves behind is in
+The flags are in engine/config.py, the papers' recipes for them in engine/recipes.py; what a run leaves behind is in
 engine/checkpoint.py; signals and errors in engine/ending.py; several GPUs (`torchrun --nproc_per_node=8 train.py …`) in
 engine/distributed.py.
 """

@@ -56,6 +56,8 @@ def finish(config, dataset, out, scores, seconds, params):
         **{f"top1_{n}shot": f"{{:.2f}} % top-1 from {n} images a class" for n in SHOTS},
         "test_rec": "a reconstruction loss of {:.4f} on test images",
         "test_correlation": "a rank correlation of {:.2f} between predicted and true loss",
+        "test_object_auc": "an area of {:.2f} under the ROC curve of the teacher's map for the item's patches",
+        "test_hard_ratio": "{:.2f} times the loss under the teacher's masks",
     }
     reached = ", ".join(text.format(scores[name]) for name, text in words.items() if name in scores)
     effort = f"{config.steps:,} steps in {seconds:.0f} s, {images / seconds:.1f} images/s"
