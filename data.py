@@ -297,10 +297,10 @@ def to_plus_minus_1(dataset):
 
 
 def to_device(tensor, device):
-    """Copy from the host to a device; to CUDA from pinned memory, so that the host need not wait for it."""
-    return (
-        tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor.to(device)
-    )
+    """Copy from the host to a device; to a GPU of CUDA from pinned memory, so that the host need not wait for it."""
+    if torch.device(device).type in ("cpu", "mps"):
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 # ---------------------------------------------------------------------------------------------

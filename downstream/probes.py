@@ -203,9 +203,8 @@ def few_shot(train, test, classes, ridge=2.0**10):
     regularised. That and the ridge are those of the authors' code, big_vision's fewshot_lsr.py.
     W = Zᵀ (Z Zᵀ + ridge I)⁻¹ Y, exactly: a system of n equations.
     """
-    (x, labels), (queries, truth) = (
-        (features.cpu().double(), labels.cpu()) for features, labels in (train, test)
-    )  # not every device has float64
+    # On the CPU, for not every device has float64.
+    (x, labels), (queries, truth) = ((features.cpu().double(), labels.cpu()) for features, labels in (train, test))
     mean, std = x.mean(dim=0), x.std(dim=0, correction=0) + 1e-5
     Z, queries = (F.pad((v - mean) / std, (0, 1), value=100.0) for v in (x, queries))  # (n, D + 1)
     Y = 2.0 * F.one_hot(labels, classes).double() - 1  # (n, K)

@@ -142,8 +142,8 @@ class Config:
                          CLASSIFIERS)
     layer_decay: float = flag("F", "learning rate of a layer over that of the next one, in (0, 1]", float,
                               Range(lambda v: 0 < v <= 1, "a factor in (0, 1]"), CLASSIFIERS)
-    weight_decay: float = flag("W", "decoupled; none on biases, norms, positions, tokens (mae, hpm: on tokens)", float, UP_TO_1000,
-                               TRAINED)
+    weight_decay: float = flag("W", "decoupled; none on biases, norms, positions; on tokens in mae, hpm",
+                               float, UP_TO_1000, TRAINED)
     dropout: float = flag("P", "this and the next three in [0, 1); default the recipe's", float, PROBABILITY,
                           (*CLASSIFIERS, "mpp"))
     drop_path: float = flag("P", "stochastic depth", float, PROBABILITY, (*CLASSIFIERS, "mpp"))
