@@ -20,7 +20,7 @@ Linear evaluation gave 29 to 34 % for all of these, MAE and L_pred alone, in no 
 of 64 in place of 128 gave 23 to 26 %.
 
 `object` is the area under the ROC curve of the teacher's map for the patches of the item, 0.5 is chance; `harder` the
-student's loss under the teacher's masks at α_T over that under random ones, 1 is as hard as random.
+student's loss under the teacher's masks at α = 0.5 over that under random ones, 1 is as hard as random.
 """
 
 import sys
