@@ -7,7 +7,7 @@ from studies import study
 PAGE = study.HERE.parent / "docs" / "STUDIES.md"
 START = """# The papers' claims, put to the test on a laptop
 
-Written by `python -m studies` from [`studies/results`](../studies/results); do not edit. Each study is one file
+Written by `python -m studies` from `studies/results`; do not edit. Each study is one file
 of [`studies/`](../studies); `python -m studies.NAME` makes its runs. The models have up to a million parameters, the
 papers' have 86 and more: what is not shown here may well hold there, and the other way round.
 
