@@ -453,7 +453,7 @@ def test_a_signal_ends_all_processes_at_the_same_step(number, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     step = checkpoint("run")["step"]
     config = json.loads(Path("run/config.json").read_text())
-    Path("run/config.json").write_text(json.dumps(config | {"steps": step + 1}))
+    Path("run/config.json").write_text(json.dumps(config | {"steps": step + 1, "warmup": 0}))
     monkeypatch.setattr(data, "photos", uneven)
     monkeypatch.setitem(vit.ARCHS, "vit_micro4", SHALLOW)
     assert run("--resume --out run") == 0
