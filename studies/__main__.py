@@ -71,7 +71,7 @@ def time_taken(runs):
 
 
 def page():
-    return START + "\n" + "\n".join(section(name) for name in names())
+    return START + "\n" + ("\n".join(section(name) for name in names()) or "No study has results yet.\n")
 
 
 if __name__ == "__main__":

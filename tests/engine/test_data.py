@@ -414,6 +414,9 @@ def test_nobody_waits_for_a_copy_to_the_device(monkeypatch):
     assert pinned[0] is ones
     assert asked == [{"non_blocking": True}]
     assert data.to_device(ones, CPU) is ones
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *args, **kwargs: tensor)
+    data.to_device(ones, "mps")  # Apple's GPUs share the host's memory, and PyTorch pins none for them
+    assert len(pinned) == 1
 
 
 # ---------------------------------------------------------------------------------------------

@@ -2,13 +2,16 @@
 
 import json
 import math
+import shutil
 import types
 
 import numpy as np
 import pytest
+import torch
 
+import hpm
 from studies import __main__ as page
-from studies import study
+from studies import oracle, study
 
 
 def claim(differences, margin=None):
@@ -93,6 +96,29 @@ def test_what_is_there_is_not_made_again(made):
     assert len(made) == 16
     study.complete(small_study(RUNS={"other name": "--steps 2"}), "another")  # studies share runs
     assert len(made) == 16
+    shutil.rmtree(study.FOLDERS)  # as in a clone, which has the results alone
+    study.complete(small_study(), "small")
+    assert len(made) == 16
+
+
+def test_the_oracle_says_the_students_own_losses():
+    """Each patch's true loss, less the mean of its turn, averaged over the turns that hide it: one turn at a time."""
+    torch.manual_seed(0)
+    model = hpm.create("vit_micro8", 32, 3, teacher="in-turn", decoder=(16, 1, 2)).eval()
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16, 2)
+    torch.nn.init.normal_(model.teacher.decoder_embed.weight)  # the teacher is another one, and is not asked
+    total, times = torch.zeros(2, 16), torch.zeros(2, 16)
+    for mask in hpm.hide_in_turn(noise[..., 1], 12).unbind(dim=1):
+        with torch.no_grad():
+            losses = model(images, None, mask=mask)["patch_loss"]  # (2, 12)
+        for b in range(2):
+            for i, loss in zip(mask[b].nonzero()[:, 0].tolist(), losses[b] - losses[b].mean(), strict=True):
+                total[b, i] += loss
+                times[b, i] += 1
+    found, features = oracle.true_losses(model, images, noise)
+    torch.testing.assert_close(found, total / times, rtol=1e-4, atol=1e-5)
+    assert features is None
+    assert oracle.true_losses(model, images) == (None, None)
 
 
 def test_a_run_that_was_killed_goes_on(made):
