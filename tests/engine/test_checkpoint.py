@@ -454,6 +454,25 @@ def test_a_run_killed_while_it_starts_is_none_that_can_go_on(moment, monkeypatch
     assert said == ("config.json" if moment == "config.json" else None)
 
 
+@pytest.mark.parametrize("moment", ["log.jsonl", "config.json"])
+def test_a_run_killed_before_it_saved_and_again_while_it_resumes_can_still_go_on(moment, monkeypatch):
+    """Only config.json says what it was; nothing else could bring that back."""
+    out = Path("run")
+    out.mkdir()
+    checkpoint.start_log(out, {"seed": 3}, None)
+    replace = Path.replace
+
+    def kill(path, target):
+        if target.name == moment:
+            raise Killed
+        return replace(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "replace", kill)
+        checkpoint.start_log(out, {"seed": 3}, None)
+    assert checkpoint.old_run(out, "") == (out, {"seed": 3})
+
+
 def test_there_is_no_log_before_the_first_step():
     assert checkpoint.read_log(Path()) == []
 
@@ -632,7 +651,7 @@ while kills < 20:
     if os.path.exists("run/config.json"):
         arguments = "--resume --out run"
 print(kills, "kills")
-sys.exit(os.waitpid(start(arguments), 0)[1])
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(start(arguments), 0)[1]))
 """
 
 
