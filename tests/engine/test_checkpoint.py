@@ -467,9 +467,10 @@ def test_a_run_killed_before_it_saved_and_again_while_it_resumes_can_still_go_on
             raise Killed
         return replace(path, target)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", kill)
-        checkpoint.start_log(out, {"seed": 3}, None)
+        with pytest.raises(Killed):
+            checkpoint.start_log(out, {"seed": 3}, None)
     assert checkpoint.old_run(out, "") == (out, {"seed": 3})
 
 
