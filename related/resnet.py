@@ -8,7 +8,7 @@ images of a batch, is replaced by GroupNorm and standardised convolutions, which
     ResNet        the baseline: R50x1 has 50 layers and the usual width, R152x4 is four times as wide
     Backbone      the hybrid's: its features, a small image with many channels, are what is cut into patches
     HybridEmbed   the hybrid's patch embedding; behind it stands a plain `vit.ViT`
-    variants      resnet50, resnet101x2, …, and r50_vit_b16, …
+    variants      resnet50, resnet101x2, …, and r50_vit_b16, …; small ones: resnet_micro, r_vit_micro4
 
 Letters in shapes: B images, C channels, H, W pixels. Parameters carry timm's names.
 """
@@ -22,7 +22,8 @@ from torch.nn import functional as F
 
 import vit
 
-GROUPS = 32  # of GroupNorm, whatever the number of channels
+GROUPS = 32  # of GroupNorm, whatever the number of channels; of a small network as many as leave two to each
+STEM, SMALL_STEM = 64, 16  # channels of the stem, at the usual width
 
 
 def borders(size, stride, same):
@@ -56,6 +57,11 @@ class StdConv(nn.Conv2d):
         return F.conv2d(x, kernel, stride=self.stride, padding=self.before)
 
 
+def group_norm(channels):
+    """GroupNorm; BiT's narrowest, of 64 channels, has two in a group, and no group here has fewer."""
+    return nn.GroupNorm(min(GROUPS, channels // 2), channels)
+
+
 class PreBottleneck(nn.Module):
     """The bottleneck of ResNet-v2 (He et al. 2016): GroupNorm and ReLU before each convolution.
 
@@ -66,11 +72,11 @@ class PreBottleneck(nn.Module):
     def __init__(self, inputs, outputs, stride):
         super().__init__()
         inner = outputs // 4
-        self.norm1 = nn.GroupNorm(GROUPS, inputs)
+        self.norm1 = group_norm(inputs)
         self.conv1 = StdConv(inputs, inner, 1)
-        self.norm2 = nn.GroupNorm(GROUPS, inner)
+        self.norm2 = group_norm(inner)
         self.conv2 = StdConv(inner, inner, 3, stride)
-        self.norm3 = nn.GroupNorm(GROUPS, inner)
+        self.norm3 = group_norm(inner)
         self.conv3 = StdConv(inner, outputs, 1)
         if inputs != outputs:
             self.downsample = nn.Sequential(OrderedDict(conv=StdConv(inputs, outputs, 1, stride)))
@@ -93,14 +99,14 @@ class PostBottleneck(nn.Module):
         super().__init__()
         inner = outputs // 4
         self.conv1 = StdConv(inputs, inner, 1)
-        self.norm1 = nn.GroupNorm(GROUPS, inner)
+        self.norm1 = group_norm(inner)
         self.conv2 = StdConv(inner, inner, 3, stride, same=True)
-        self.norm2 = nn.GroupNorm(GROUPS, inner)
+        self.norm2 = group_norm(inner)
         self.conv3 = StdConv(inner, outputs, 1)
-        self.norm3 = nn.GroupNorm(GROUPS, outputs)
+        self.norm3 = group_norm(outputs)
         nn.init.zeros_(self.norm3.weight)
         if inputs != outputs:
-            projection = OrderedDict(conv=StdConv(inputs, outputs, 1, stride), norm=nn.GroupNorm(GROUPS, outputs))
+            projection = OrderedDict(conv=StdConv(inputs, outputs, 1, stride), norm=group_norm(outputs))
             self.downsample = nn.Sequential(projection)
 
     def forward(self, x):
@@ -110,20 +116,24 @@ class PostBottleneck(nn.Module):
         return F.relu(self.norm3(self.conv3(h)) + residual)
 
 
-def make_stem(in_chans, channels, same, norm):
-    """A 7x7 convolution and max pooling, each of stride 2: (B, C, H, W) -> (B, channels, H / 4, W / 4)."""
-    parts = OrderedDict(conv=StdConv(in_chans, channels, 7, 2, same))
+def make_stem(in_chans, channels, same, norm, small):
+    """A 7x7 convolution and max pooling, each of stride 2: (B, C, H, W) -> (B, channels, H / 4, W / 4).
+
+    small: a 3x3 convolution of stride 2 alone, to (B, channels, H / 2, W / 2).
+    """
+    parts = OrderedDict(conv=StdConv(in_chans, channels, 3 if small else 7, 2, same))
     if norm:
-        parts |= dict(norm=nn.GroupNorm(GROUPS, channels), act=nn.ReLU())
-    parts |= dict(pad=nn.ZeroPad2d(borders(3, 2, same) * 2), pool=nn.MaxPool2d(3, 2))
+        parts |= dict(norm=group_norm(channels), act=nn.ReLU())
+    if not small:
+        parts |= dict(pad=nn.ZeroPad2d(borders(3, 2, same) * 2), pool=nn.MaxPool2d(3, 2))
     return nn.Sequential(parts)
 
 
-def make_stages(bottleneck, depths, width):
-    """Stages of bottlenecks: 256 * width channels, and from stage to stage half the sides and twice the channels."""
-    stages, inputs = nn.Sequential(), 64 * width
+def make_stages(bottleneck, depths, inputs):
+    """Stages of bottlenecks: 4 * inputs channels, and from stage to stage half the sides and twice the channels."""
+    stages, first = nn.Sequential(), 4 * inputs
     for i, depth in enumerate(depths):
-        outputs, blocks = 256 * width * 2**i, nn.Sequential()
+        outputs, blocks = first * 2**i, nn.Sequential()
         for j in range(depth):
             blocks.append(bottleneck(inputs, outputs, 2 if i and not j else 1))
             inputs = outputs
@@ -136,14 +146,16 @@ class Backbone(nn.Module):
 
     depths: bottlenecks of each stage. The ViT paper moves the blocks of R50's fourth stage to the third, (3, 4, 9):
     stride 16, and as many patches of one feature pixel as ViT-B/16 has. With () the stem is all there is, stride 4.
+    small: half the stride and a quarter of the channels, see `ResNet`.
     """
 
-    def __init__(self, in_chans, depths):
+    def __init__(self, in_chans, depths, small=False):
         super().__init__()
-        self.stem = make_stem(in_chans, 64, same=True, norm=True)
-        self.stages = make_stages(PostBottleneck, depths, width=1)
-        self.stride = 4 * 2 ** max(0, len(depths) - 1)
-        self.channels = 256 * 2 ** (len(depths) - 1) if depths else 64
+        channels = SMALL_STEM if small else STEM
+        self.stem = make_stem(in_chans, channels, same=True, norm=True, small=small)
+        self.stages = make_stages(PostBottleneck, depths, channels)
+        self.stride = (2 if small else 4) * 2 ** max(0, len(depths) - 1)
+        self.channels = 4 * channels * 2 ** (len(depths) - 1) if depths else channels
 
     def forward(self, images):
         return self.stages(self.stem(images))
@@ -154,14 +166,14 @@ class HybridEmbed(vit.PatchEmbed):
 
     patch_size  stays the number of image pixels that a patch stands for: with stride 16 and 16 pixels, as in
                 R50+ViT-B/16, it is one pixel of the features
-    depths      bottlenecks of each stage, see `Backbone`
+    depths      bottlenecks of each stage, see `Backbone`, and small
 
     Raises ValueError if the stride of the features does not divide the patch size.
     """
 
-    def __init__(self, patch_size, in_chans, dim, depths):
+    def __init__(self, patch_size, in_chans, dim, depths, small=False):
         nn.Module.__init__(self)  # PatchEmbed's would list, and draw, E before the ResNet
-        self.backbone = Backbone(in_chans, depths)
+        self.backbone = Backbone(in_chans, depths, small)
         side, rest = divmod(patch_size, self.backbone.stride)
         if rest:
             wrong = f"patches of {patch_size} pixels do not fit features of stride {self.backbone.stride}"
@@ -178,16 +190,18 @@ class ResNet(nn.Module):
 
     depths, width   bottlenecks of each stage; a factor on all channels
     num_classes     0 leaves the head out: the output is then the representation y (B, 2048 * width)
+    small           ours, for images of 28 to 64 pixels: a quarter of the channels, a stem that halves the sides once
 
     Images may have any size. The head starts at zero.
     """
 
-    def __init__(self, in_chans=3, num_classes=1000, depths=(3, 4, 6, 3), width=1):
+    def __init__(self, in_chans=3, num_classes=1000, depths=(3, 4, 6, 3), width=1, small=False):
         super().__init__()
-        self.dim = 256 * width * 2 ** (len(depths) - 1)
-        self.stem = make_stem(in_chans, 64 * width, same=False, norm=False)
-        self.stages = make_stages(PreBottleneck, depths, width)
-        self.norm = nn.GroupNorm(GROUPS, self.dim)
+        channels = (SMALL_STEM if small else STEM) * width
+        self.dim = 4 * channels * 2 ** (len(depths) - 1)
+        self.stem = make_stem(in_chans, channels, same=False, norm=False, small=small)
+        self.stages = make_stages(PreBottleneck, depths, channels)
+        self.norm = group_norm(self.dim)
         self.head = nn.Linear(self.dim, num_classes) if num_classes else nn.Identity()
         if num_classes:
             nn.init.zeros_(self.head.weight)
@@ -216,6 +230,9 @@ HYBRIDS = {
     for name, patch, depths in (("r50", 16, (3, 4, 9)), ("r50", 32, (3, 4, 6, 3)), ("r26", 32, (2, 2, 2, 2)))
 }
 HYBRIDS["r_vit_ti16"] = vit.ARCHS["vit_ti32"] | dict(backbone=())
+# Ours, to be compared with vit_micro4: about as many parameters and operations for images of 28 pixels.
+RESNETS["resnet_micro"] = dict(depths=(3, 6, 2), small=True)
+HYBRIDS["r_vit_micro4"] = vit.ARCHS["vit_micro4"] | dict(depth=5, backbone=(1, 1), small=True)
 ARCHS = RESNETS | HYBRIDS
 
 
@@ -231,5 +248,6 @@ def create(arch, img_size=224, num_classes=1000, in_chans=3, **options):
     options = ARCHS[arch] | options
     if arch in RESNETS:
         return ResNet(in_chans, num_classes, **options)
-    embed = HybridEmbed(options["patch_size"], in_chans, options["dim"], options.pop("backbone"))
+    backbone = options.pop("backbone"), options.pop("small", False)
+    embed = HybridEmbed(options["patch_size"], in_chans, options["dim"], *backbone)
     return vit.ViT(img_size, num_classes=num_classes, patch_embed=embed, **options)
