@@ -257,6 +257,8 @@ def configure(given):
 
     if values.arch in resnet.RESNETS:
         default(dropout=0.0, drop_path=0.0, layer_decay=1.0)
+        native = data.NATIVE_SIZE.get(values.data)
+        default(img_size=(native, native) if native and "small" in resnet.RESNETS[values.arch] else None)
     else:
         arch = (vit.ARCHS | resnet.HYBRIDS)[values.arch]
         default(pool="mean" if (values.task, values.optimizer) == ("finetune", "adamw") else "cls")
