@@ -2,6 +2,7 @@
 
 load(path)     both splits, as a `data.Dataset`
 Folder         one of them, with the methods of `data.InMemory`
+find_classes   the images of PATH/CLASS/…
 find_images    the image files of a folder, and what else is in there
 read_image     from a file to a tensor
 randaugment    RandAugment, with Pillow
@@ -68,39 +69,18 @@ class Folder(torch.utils.data.Dataset):
 
     An image that can't be decoded is skipped: a warning names it, and in training the next one that can be stands in.
     `unreadable` maps the names met so far to the reasons, see `skip`. `ignored` counts what is no image, by the reason.
-    workers: how many processes decode; None: see `workers`, 0: this one. Raises ValueError for a class without images.
+    workers: how many processes decode; None: see `workers`, 0: this one. listed: what `find_classes` would return, if
+    a list says it and not the folders. stretched: an image that is not cropped is seen whole, whatever its shape; else
+    its middle. Raises ValueError for a class without images.
     """
 
     workers = None
 
-    def __init__(self, path, mean, std):
+    def __init__(self, path, mean, std, listed=None):
         self.mean, self.std, self.unreadable, self.randaugment = mean, std, {}, 0.0
         # How much of the short side a test sees; None: 224 of 256, as usual for ImageNet, and all above (MAE's code).
-        self.crop_pct = None
-        names, self.ignored = [], collections.Counter()
-        try:
-            above = with_parents(path)
-            for entry in os.scandir(path):
-                if entry.name.startswith("."):
-                    self.ignored["hidden"] += 1
-                elif is_(entry.is_dir) and identity(entry.path) not in above:
-                    names.append(entry.name)
-                else:
-                    self.ignored["outside the classes"] += 1
-            paths, labels = [], []
-            for label, name in enumerate(sorted(names)):
-                files, ignored = find_images(os.path.join(path, name), above)
-                if not files:
-                    raise ValueError(
-                        f"no image in {printable(os.path.join(path, name))}; add some ({' '.join(IMAGE_SUFFIXES)}) or "
-                        "remove the folder"
-                    )
-                paths += files
-                labels += [label] * len(files)
-                self.ignored += ignored
-        except OSError as error:  # a folder that may not be read
-            raise ValueError(f"{printable(error.filename)}: {error.strerror}; make it readable, or remove it") from None
-        self.classes = [printable(name) for name in sorted(names)]
+        self.crop_pct, self.stretched = None, False
+        paths, labels, self.classes, self.ignored = listed or find_classes(path)
         # One array of bytes: a million objects would be copied by each worker, which counts references in their place.
         self.files, self.labels = np.array(list(map(os.fsencode, paths)), np.bytes_), torch.tensor(labels).long()
 
@@ -139,7 +119,7 @@ class Folder(torch.utils.data.Dataset):
         candidates, size, crop, draws = request
         images = torch.zeros(len(candidates), 3, *size, dtype=torch.uint8)
         labels, unreadable = torch.full((len(candidates),), -1), {}
-        crop_pct = self.crop_pct or (7 / 8 if max(size) <= 224 else 1.0)
+        crop_pct = None if self.stretched else self.crop_pct or (7 / 8 if max(size) <= 224 else 1.0)
         for row, (indices, draw) in enumerate(zip(candidates, draws, strict=True)):
             for index in indices:
                 file = os.fsdecode(self.files[index])
@@ -246,6 +226,36 @@ def end_all_workers():
 # ---------------------------------------------------------------------------------------------
 
 
+def find_classes(path):
+    """The images of PATH/CLASS/…: their paths, their labels, the names of the classes, a Counter of what else is there.
+
+    Raises ValueError for a class without images, and where it may not read.
+    """
+    names, ignored, paths, labels = [], collections.Counter(), [], []
+    try:
+        above = with_parents(path)
+        for entry in os.scandir(path):
+            if entry.name.startswith("."):
+                ignored["hidden"] += 1
+            elif is_(entry.is_dir) and identity(entry.path) not in above:
+                names.append(entry.name)
+            else:
+                ignored["outside the classes"] += 1
+        for label, name in enumerate(sorted(names)):
+            files, others = find_images(os.path.join(path, name), above)
+            if not files:
+                raise ValueError(
+                    f"no image in {printable(os.path.join(path, name))}; add some ({' '.join(IMAGE_SUFFIXES)}) or "
+                    "remove the folder"
+                )
+            paths += files
+            labels += [label] * len(files)
+            ignored += others
+    except OSError as error:  # a folder that may not be read
+        raise ValueError(f"{printable(error.filename)}: {error.strerror}; make it readable, or remove it") from None
+    return paths, labels, [printable(name) for name in sorted(names)], ignored
+
+
 def find_images(folder, above=frozenset()):
     """The image files in a folder and all below: their paths, sorted, and a Counter of what else is there, by reason.
 
@@ -318,7 +328,7 @@ def read_image(file, size, crop, draw, magnitude=0.0, crop_pct=7 / 8):
     """Decode an image file, crop it and resize it to size = (H, W): (3, H, W) uint8, RGB.
 
     crop, draw (1 + augment.BOX,): scale, and numbers for the flip and `augment.crop_box`; None: the middle, as much of
-    the short side as `crop_pct` says. magnitude: of `randaugment`, in training.
+    the short side as `crop_pct` says; crop_pct None: all of it, stretched. magnitude: of `randaugment`, in training.
     """
     with Image.open(file, formats=FORMATS) as image:
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # a small file may claim any size; Pillow only warns
@@ -332,6 +342,8 @@ def read_image(file, size, crop, draw, magnitude=0.0, crop_pct=7 / 8):
         if crop:
             box = augment.crop_box(height, width, torch.as_tensor(draw)[1:], crop, aspect=size[1] / size[0])
             top, left, h, w = (v.item() for v in box)
+        elif crop_pct is None:
+            top, left, h, w = 0, 0, height, width
         else:
             shrink = crop_pct * min(height / size[0], width / size[1])
             h, w = size[0] * shrink, size[1] * shrink
