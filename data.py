@@ -110,7 +110,7 @@ def balanced(labels, n, seed):
     Raises ValueError if there are not as many.
     """
     if n > len(labels):
-        raise ValueError(f"{n} labels were asked for, there are {len(labels)}; ask for fewer")
+        raise ValueError(f"{n} images were asked for, there are {len(labels)}; ask for fewer")
     order = torch.randperm(len(labels), generator=generator(seed, SUBSET))
     place = torch.zeros_like(labels)  # of each sample among those of its class, in that order
     for label in labels.unique():
@@ -328,14 +328,21 @@ CIFAR_MD5 = {
     "cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8",
 }
 
-NAMES = ("photos", "scenes", "scenes-many", "fashion-mnist", "cifar10", "cifar100", "folder:PATH")
+NAMES = ("photos", "scenes", "scenes-many", "fashion-mnist", "cifar10", "cifar100", "oxford-pets", "oxford-flowers")
+NAMES += ("folder:PATH", "imagenet-real:PATH", "vtab:PATH")
+IN_FILES = (
+    "folder:",
+    "imagenet-real:",
+    "vtab:",
+    "oxford-",
+)  # how the names begin of data that are decoded as they come
 
 
 def load(name, size=(224, 224), data_dir=None):
     """Load a data set by name, see `NAMES`: a `Dataset`.
 
     size = (H, W) matters to `photos`, whose photographs are shrunk to suit it, and to scenes, which are square.
-    data_dir: where the files of fashion-mnist and cifar are looked for, and kept after a download; default
+    data_dir: where files that can be downloaded are looked for, and kept after a download; default
     $VIT_DATA, else data/. Raises ValueError for an unknown name, and for files that are missing and
     can't be downloaded, damaged, or not laid out as they should be.
     """
@@ -354,6 +361,10 @@ def load(name, size=(224, 224), data_dir=None):
         from engine import image_folder  # here, for it needs this file
 
         return image_folder.load(Path(name.removeprefix("folder:")).expanduser())
+    if name.startswith(IN_FILES):
+        from engine import transfer  # here, for it needs this file
+
+        return transfer.load(name, data_dir)
     near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0)[0]
     raise ValueError(f"unknown data {name!r}; did you mean {near}? There are {', '.join(NAMES)}")
 

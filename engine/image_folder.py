@@ -71,7 +71,7 @@ class Folder(torch.utils.data.Dataset):
     `unreadable` maps the names met so far to the reasons, see `skip`. `ignored` counts what is no image, by the reason.
     workers: how many processes decode; None: see `workers`, 0: this one. listed: what `find_classes` would return, if
     a list says it and not the folders. stretched: an image that is not cropped is seen whole, whatever its shape; else
-    its middle. Raises ValueError for a class without images.
+    its middle. accepted: of ReaL, see transfer.py. Raises ValueError for a class without images.
     """
 
     workers = None
@@ -79,7 +79,7 @@ class Folder(torch.utils.data.Dataset):
     def __init__(self, path, mean, std, listed=None):
         self.mean, self.std, self.unreadable, self.randaugment = mean, std, {}, 0.0
         # How much of the short side a test sees; None: 224 of 256, as usual for ImageNet, and all above (MAE's code).
-        self.crop_pct, self.stretched = None, False
+        self.crop_pct, self.stretched, self.accepted = None, False, None
         paths, labels, self.classes, self.ignored = listed or find_classes(path)
         # One array of bytes: a million objects would be copied by each worker, which counts references in their place.
         self.files, self.labels = np.array(list(map(os.fsencode, paths)), np.bytes_), torch.tensor(labels).long()
@@ -96,6 +96,7 @@ class Folder(torch.utils.data.Dataset):
         part = copy.copy(self)
         part.unreadable = {}
         part.files, part.labels = self.files[keep.numpy()], self.labels[keep]
+        part.accepted = None if self.accepted is None else self.accepted[keep]
         return part
 
     def skip(self, unreadable):
