@@ -427,7 +427,7 @@ class HPM(nn.Module):
         return out
 
 
-DECODERS = {64: (64, 2, 4), 128: (64, 2, 4), 192: (128, 4, 4), 384: (256, 4, 8)}  # ours; the papers': 512, 8, 16
+DECODERS = {64: (64, 2, 4), 96: (48, 1, 4), 192: (128, 4, 4), 384: (256, 4, 8)}  # ours; the papers': 512, 8, 16
 
 
 def create(arch, img_size=224, in_chans=3, target="pixels", predictor="relative", teacher="whole", **options):

@@ -45,7 +45,7 @@ from related import mpp, positions, resnet
 TOKENS = ("token", "pos_embed")  # the ends of the names of parameters that are added to tokens or stand among them
 MIN_LR = 1e-6  # where fine-tuning with AdamW ends (MAE's code)
 HELD_OUT = 0.1  # of the training images, to choose a learning rate; the paper's share for its small data sets
-EVALUATIONS = 10  # of a run that has more epochs than that
+EVALUATIONS = 10  # of a run that has more epochs than that, unless --evaluations says otherwise
 SAVE_EVERY = 600  # seconds
 
 # ---------------------------------------------------------------------------------------------
@@ -363,7 +363,8 @@ def train(config, model, dataset, out, checkpoint, origin):
 
     epoch = len(dataset.train) / config.batch_size  # in steps
     log_every = max(1, min(50, config.steps // 100))
-    eval_every = max(math.ceil(epoch), config.steps // EVALUATIONS)
+    often = max(math.ceil(epoch), config.steps // EVALUATIONS)
+    eval_every = math.ceil(config.steps / config.evaluations) if config.evaluations else often
     batches = dataset.train.train_batches(
         config.img_size, config.batch_size, range(start, config.steps), config.seed, config.crop, device,
         distributed.shard(config.batch_size),
@@ -602,7 +603,7 @@ def run(config, dataset, model, out, checkpoint, origin, params):
             distributed.print0(ending.how_to_go_on(out))
             return 128 + stopped
         last = distributed.from_rank0(lambda: run_folder.last_line(out))
-        names = "top1", "top5", "test_rec", "test_correlation", "test_object_auc", "test_hard_ratio"
+        names = "top1", "top5", "real_top1", "test_rec", "test_correlation", "test_object_auc", "test_hard_ratio"
         scores = {name: last[name] for name in names if name in last}
         seconds = last["seconds"]
     if distributed.RANK == 0:

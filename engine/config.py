@@ -111,6 +111,8 @@ class Config:
                                 WITH_DATA)
     labels: int | None = flag("N", "use N training images alone, the same number of each class", int, COUNT,
                               ("knn", *TRAINED))
+    test_images: int | None = flag("N", "score on N test images alone, the same number of each class", int, COUNT,
+                                   WITH_DATA)
     deduplicate: str | None = flag("D", "drop training images that occur in the test set of this data", str, None,
                                    WITH_DATA)
     init: str | None = flag("PATH|URL", "weights to start from: ours, timm, MAE, HPM, Hugging Face, Google", path)
@@ -130,6 +132,8 @@ class Config:
     batch_size: int = flag("B", "images a step; default the recipe's, at most what there are", int, IMAGES, TRAINED)
     micro_batch: int | None = flag("M", "images at a time, of a process; gradients add up; default what fits", int,
                                    IMAGES)
+    evaluations: int | None = flag("N", "score the run N times; default after each epoch, 10 times at most", int, COUNT,
+                                   TRAINED)
     optimizer: str = flag("O", "adamw | sgd (the ViT paper's fine-tuning); default adamw, linear: sgd", str,
                           ("adamw", "sgd"), TRAINED)
     lr: tuple[float, ...] = flag(
@@ -193,7 +197,9 @@ class Config:
 FIELDS = dataclasses.fields(Config)
 # When a run goes on; also --steps or --epochs, see `longer`, and another folder: with the same images.
 MAY_CHANGE = ("device", "dtype", "compile", "data_dir", "fsdp", "checkpointing", "workers", "micro_batch")
-ADDED = dict(init_grid=None, images=None, workers=None, teacher="whole")  # what older runs do not say, and did
+ADDED = dict(
+    init_grid=None, images=None, workers=None, teacher="whole", test_images=None, evaluations=None
+)  # what older runs do not say, and did
 # Of a run, what --task predict needs to do with images as it did.
 OF_THE_MODEL = (
     "arch data img_size pool pos_embed gelu pixels mask_ratio mask alpha teacher predictor_loss target target_weights"
@@ -321,7 +327,7 @@ def trained_with(init, task):
 
 
 def load_dataset(config):
-    """The data of a run; with --deduplicate, --labels and for few-shot evaluation a part of its training images."""
+    """The data of a run; with --deduplicate, --labels, --test-images and for few-shot evaluation a part of it."""
 
     def load(name):
         loaded = data.load(name, config.img_size, config.data_dir)
@@ -340,6 +346,8 @@ def load_dataset(config):
     labels = SHOTS[-1] * len(dataset.classes) if config.task == "fewshot" else config.labels
     if labels:
         dataset = dataset._replace(train=dataset.train.subset(labels, config.seed))
+    if config.test_images:  # the same ones whatever the seed: runs are compared on them
+        dataset = dataset._replace(test=dataset.test.subset(config.test_images, 0))
     return dataset
 
 

@@ -82,6 +82,20 @@ def labels_of_each_class(steps_of, command):
     return sorted(first(steps_of, command).dataset.train.labels.bincount().tolist())
 
 
+def test_images_of_each_class(steps_of, command):
+    """Which test images there are: of each class as many; the same ones with any seed."""
+    splits = [settings(f"{command} --seed {seed}")[1].test for seed in (0, 1)]
+    assert torch.equal(splits[0].images, splits[1].images)
+    return sorted(splits[0].labels.bincount().tolist())
+
+
+def scored_at(steps_of, command):
+    """The steps after which a run was scored, of 12 that are two epochs."""
+    assert run(f"{command} --out run --overwrite") == 0
+    lines = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if "top1" in line]
+
+
 def dropped(steps_of, command):
     """Which of 24 training images are missing, where 3 and 5 are test images of the same data, 1 is one of `other`'s,
     and 7 and 8 are training images of `other`."""
@@ -588,6 +602,7 @@ TABLE = {
         "--data-dir here": "here/fashion-mnist", "--data-dir there": "there/fashion-mnist",
     }, folder_of_data),
     "--labels": (MICRO, {"": [8, 8, 8], "--labels 9": [3, 3, 3], "--labels 4": [1, 1, 2]}, labels_of_each_class),
+    "--test-images": (MICRO, {"": [3, 3, 4], "--test-images 3": [1, 1, 1]}, test_images_of_each_class),
     "--deduplicate": (MICRO, {
         "": [], "--deduplicate photos": [3, 5], "--deduplicate folder:other": [1],
     }, dropped),
@@ -604,6 +619,9 @@ TABLE = {
     "--img-size": (MICRO, {
         "--img-size 16": ((4, 4), (16, 16), (16, 16)), "--img-size 24x16": ((6, 4), (24, 16), (24, 16)),
     }, size),
+    "--evaluations": (f"{LONG} --steps 12", {
+        "": [6, 12], "--evaluations 1": [12], "--evaluations 4": [3, 6, 9, 12], "--evaluations 5": [3, 6, 9, 12],
+    }, scored_at),
     "--epochs": (LONG, {"--epochs 1": 6, "--epochs 0.4": 3}, count_steps),
     "--steps": (LONG, {"--steps 2": 2, "--steps 5": 5}, count_steps),
     "--batch-size": (MICRO, {"--batch-size 4": (4, 4), "--batch-size 30": (30, 30)}, images_a_step),
@@ -717,7 +735,7 @@ CLASSIFY = "supervised finetune"
 # descriptions: L_pred's teacher is HPM's, labels are smoothed where there are labels, …
 USES = {
     "--arch vit_ti32": f"{DATA} predict", "--data photos": f"{DATA} predict", "--data-dir here": DATA,
-    "--labels 9": f"{TRAINED} knn", "--deduplicate photos": DATA, "--init one.pt": f"{DATA} predict",
+    "--labels 9": f"{TRAINED} knn", "--test-images 3": DATA, "--evaluations 2": TRAINED, "--deduplicate photos": DATA, "--init one.pt": f"{DATA} predict",
     "--init-grid 4x4": f"{DATA} predict", "--images here": "predict", "--out here": f"{DATA} predict",
     "--overwrite": DATA, "--resume": DATA, "--img-size 24": f"{DATA} predict", "--epochs 0.2": TRAINED,
     "--steps 2": TRAINED, "--batch-size 6": TRAINED, "--micro-batch 2": f"{DATA} predict",
@@ -753,7 +771,7 @@ SHOWN_ELSEWHERE = {
     "--out": "where the run is", "--overwrite": "what was there", "--resume": "where it starts",
     "--device": "there is one here", "--fsdp": "there is one process", "--data-dir": "where the files are",
     "--workers": "which process decodes", "--init-grid": "for files that do not say it", "--no-compile": "the default",
-    "--data": "its own row", "--arch": "its own row", "--deduplicate": "there are none",
+    "--test-images": "what is scored", "--evaluations": "when it is scored", "--data": "its own row", "--arch": "its own row", "--deduplicate": "there are none",
 }  # fmt: skip
 
 
