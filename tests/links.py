@@ -1,16 +1,19 @@
 """The links of README, docs and notebooks, and the code that these pages show.
 
-    python -m tests.links     put the numbers of lines right, and the code that notebooks print
+    python -m tests.links     put the numbers of lines right, and the code that notebooks show; drop sliders' state
 
 The text of a link to a line of code is code of that line: [`x = block(x)`](vit.py#L12). So the number can be found.
 """
 
+import ast
 import importlib
 import inspect
 import json
 import re
 from functools import reduce
 from pathlib import Path
+
+from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -22,6 +25,7 @@ PAGES = [
 LINK = re.compile(r'(?:\]\(|<(?:img|a)[^>]* (?:src|href)=")([^)\s"]+)[)"]')
 LINE_OF_CODE = re.compile(r"\[`([^`]+)`\]\(([^)#]+)#L(\d+)\)")
 PRINTED_CODE = re.compile(r"^print\(inspect\.getsource\(([\w.]+)\)\)$", flags=re.MULTILINE)
+WIDGET = "application/vnd.jupyter.widget-view+json"
 ROOMS = {"probes": "downstream.probes"}  # what notebooks import by the last part of its name
 
 
@@ -87,6 +91,22 @@ def printed(source):
     return "".join(inspect.getsource(named(name)) + "\n" for name in PRINTED_CODE.findall(source))
 
 
+def shown(source):
+    """The outputs of a notebook's cell that does nothing but call `pictures.source(…)`, or None if it does more."""
+    calls = re.findall(r"^pictures\.source\(.*?\)$", source, flags=re.MULTILINE | re.DOTALL)
+    if not calls or re.sub(r"^pictures\.source\(.*?\)$", "", source, flags=re.MULTILINE | re.DOTALL).strip():
+        return None
+    with plt.rc_context():  # notebooks' style is theirs
+        from notebooks import pictures
+    outputs = []
+    for call in calls:
+        function, *lines = ast.parse(call).body[0].value.args
+        page = pictures.page(named(ast.unparse(function)), *map(ast.literal_eval, lines))
+        data = {"text/html": page.splitlines(keepends=True), "text/plain": ["<IPython.core.display.HTML object>"]}
+        outputs.append({"data": data, "metadata": {}, "output_type": "display_data"})
+    return outputs
+
+
 def named(name):
     """The function or class that a notebook calls `vit.ViT.embed`."""
     module, *attributes = name.split(".")
@@ -94,12 +114,18 @@ def named(name):
 
 
 def with_code_of_today(text):
-    """The text of a notebook's file, with the code that its cells print as it is in the modules now."""
+    """The text of a notebook's file, with the code that its cells show as it is in the modules now.
+
+    Sliders work when a notebook runs; their stored state would be most of the file, and is left out.
+    """
     notebook = json.loads(text)
+    notebook["metadata"].pop("widgets", None)
     for cell in notebook["cells"]:
-        code = printed("".join(cell["source"])) if cell["cell_type"] == "code" else None
-        if code:
-            cell["outputs"][0]["text"] = code.splitlines(keepends=True)
+        if cell["cell_type"] == "code":
+            source = "".join(cell["source"])
+            if code := printed(source):
+                cell["outputs"][0]["text"] = code.splitlines(keepends=True)
+            cell["outputs"] = shown(source) or [out for out in cell["outputs"] if WIDGET not in out.get("data", ())]
     return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
 
 
