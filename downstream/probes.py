@@ -44,19 +44,29 @@ HARD = 0.5  # α of the masks that are compared with random ones: HPM's last, fo
 def evaluate(model, split, img_size, batch_size, device, dtype="float32"):
     """Scores over a split, every image once: loss, top-1 and, above 10 classes, top-5 accuracy in %.
 
+    Where images have several right labels, `accepted` (engine/transfer.py), also how often the first guess is one of
+    them; images without any are left out of that.
+
     model: images (B, C, H, W) -> logits (B, classes). split: with the `test_batches` of data.InMemory, asked for
     images of img_size = (H, W). dtype: "float32" or "bfloat16".
     """
-    sums = torch.zeros(4, device=device)  # images, loss, top-1, top-5
-    for images, labels in test_batches(model, split, img_size, batch_size, device):
+    sums = torch.zeros(6, device=device)  # images, loss, top-1, top-5; images that have a right label, right guesses
+    accepted = getattr(split, "accepted", None)
+    rows = itertools.repeat(None) if accepted is None else rows_of_batches(accepted, batch_size)
+    batches = test_batches(model, split, img_size, batch_size, device)
+    for (images, labels), right in zip(batches, rows, strict=False):
         with autocast(device, dtype):
             logits = model(images).float()
         counts = labels >= 0
         hits = (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]) & counts[:, None]  # (b, 5)
         loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
-        sums += torch.stack([counts.sum(), loss, hits[:, 0].sum(), hits.sum()])
-    n, loss, top1, top5 = distributed.all_reduce_sum(sums).tolist()
+        right = labels[:, None] if right is None else data.to_device(right, device)  # (b, most), -1: no more
+        named = counts & (right >= 0).any(dim=1)
+        found = named & (logits.argmax(dim=1, keepdim=True) == right).any(dim=1)
+        sums += torch.stack([counts.sum(), loss, hits[:, 0].sum(), hits.sum(), named.sum(), found.sum()])
+    n, loss, top1, top5, named, found = distributed.all_reduce_sum(sums).tolist()
     scores = {"test_loss": loss / n, "top1": 100 * top1 / n}
+    scores |= {} if accepted is None else {"real_top1": 100 * found / max(1, named)}
     return scores | {"top5": 100 * top5 / n} if logits.shape[1] > 10 else scores
 
 
@@ -77,8 +87,7 @@ def evaluate_pretraining(model, split, img_size, batch_size, device, dtype="floa
     asks = masked and model.teacher is not None and model.predictor != "none" and isinstance(split, scenes.Scenes)
     N = math.prod((model.student if masked else model).encoder.grid)
     columns = model.noise_columns if not masked or (asks and model.in_turn) else 1  # a random mask takes one
-    noise = data.evaluation_noise(len(split), N, seed, columns)[distributed.test_shard()].split(batch_size)
-    noise = itertools.chain(noise, itertools.repeat(noise[-1]))  # for a batch that `test_batches` makes once more
+    noise = rows_of_batches(data.evaluation_noise(len(split), N, seed, columns), batch_size)
     batches = test_batches(model, split, img_size, batch_size, device, **({"objects": True} if asks else {}))
     sums = torch.zeros(3, device=device)  # images, rec, correlation
     found = torch.zeros(3, device=device)  # images with an object, AUC; rec with hard masks
@@ -146,6 +155,13 @@ def test_batches(model, split, img_size, batch_size, device, **options):
             for _ in range(math.ceil(largest / batch_size) - own):
                 yield images, torch.full_like(labels, -1), *more
     share_unreadable(split)
+
+
+def rows_of_batches(values, batch_size):
+    """Of values (n, …), one for each image of a split, those of each of the `test_batches`; the last ones without end,
+    for batches that come once more."""
+    rows = values[distributed.test_shard()].split(batch_size)
+    return itertools.chain(rows, itertools.repeat(rows[-1]))
 
 
 def share_unreadable(split):

@@ -53,6 +53,7 @@ def finish(config, dataset, out, scores, seconds, params):
     words = {
         "top1": f"{{:.2f}} % top-1 on the test set (chance is {100 / len(dataset.classes):.1f} %)",
         "top5": "{:.2f} % top-5",
+        "real_top1": "{:.2f} % of the images with ReaL's labels among those",
         **{f"top1_{n}shot": f"{{:.2f}} % top-1 from {n} images a class" for n in SHOTS},
         "test_rec": "a reconstruction loss of {:.4f} on test images",
         "test_correlation": "a rank correlation of {:.2f} between predicted and true loss",
