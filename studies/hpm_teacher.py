@@ -30,11 +30,10 @@ from studies import study
 HPM = f"--task hpm {study.SCENES}"
 RUNS = {
     "MAE": f"--task mae {study.SCENES}",
-    "L_pred alone": f"{HPM} --mask random",
     "HPM, whole": HPM,
     "HPM, in turn": f"{HPM} --teacher in-turn",
     "HPM, oracle": f"-m studies.oracle {HPM} --teacher in-turn",
-    "HPM, whole, as many operations as in turn": f"{HPM} --steps 2400",
+    "L_pred alone": f"{HPM} --mask random",
 }
 PROBES = study.PROBES
 SEEDS = range(5)
@@ -64,12 +63,10 @@ def claims(runs):
             for probe, stage, name in (
                 ("linear", "linear", "top1"),
                 ("kNN", "knn", "top1"),
-                ("10 images a class", "few", "top1_10shot"),
                 ("1,000 labels", "labels-1000", "top1"),
             )
             for text, arm, other, source in (
                 ("a student learns more from in turn than from whole", "HPM, in turn", "HPM, whole", ours),
-                ("at equal operations", "HPM, in turn", "HPM, whole, as many operations as in turn", ours),
                 ("and more from the oracle than from whole", "HPM, oracle", "HPM, whole", ours),
             )
         ),

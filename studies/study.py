@@ -36,22 +36,18 @@ HERE = Path(__file__).parent
 RESULTS, FOLDERS = HERE / "results", HERE.parent / "runs" / "studies"
 
 # What most studies pre-train on, and what they measure.
-SCENES = "--data scenes --arch vit_micro8 --steps 2000"
+SCENES = "--data scenes --arch vit_micro8 --batch-size 32 --steps 3000 --evaluations 6 --test-images 1000"
 FROZEN = "--data scenes --arch vit_micro8 --pool mean --init {init}"
 PROBES = {
-    "linear": f"--task linear {FROZEN} --epochs 20",
-    "knn": f"--task knn {FROZEN}",
-    "few": f"--task fewshot {FROZEN}",
-    "labels-1000": f"--task finetune {FROZEN} --labels 1000 --steps 400",
-    "labels-all": f"--task finetune {FROZEN} --steps 1500",
+    "linear": f"--task linear {FROZEN} --labels 10000 --epochs 20 --evaluations 1",
+    "knn": f"--task knn {FROZEN} --labels 10000",
+    "labels-1000": f"--task finetune {FROZEN} --labels 1000 --batch-size 64 --steps 400 --evaluations 1",
 }
 FIGURES = {  # title: (stage, score)
     "test L_rec": ("train", "test_rec"),
     "linear (%)": ("linear", "top1"),
     "kNN (%)": ("knn", "top1"),
-    "10 images a class (%)": ("few", "top1_10shot"),
     "fine-tuned, 1,000 labels (%)": ("labels-1000", "top1"),
-    "fine-tuned, all labels (%)": ("labels-all", "top1"),
 }
 
 # ---------------------------------------------------------------------------------------------
@@ -74,7 +70,7 @@ def complete(study, name, device=None, jobs=1):
     """Make the runs of a study that are missing; every one that ends is written to results/NAME.json at once."""
     everywhere = [run for path in sorted(RESULTS.glob("*.json")) for run in read(path.stem)]
     known = {(run["flags"], run["seed"]): run for run in everywhere}
-    wanted = [(arm, flags, seed) for arm, flags in study.RUNS.items() for seed in study.SEEDS]
+    wanted = [(arm, flags, seed) for seed in study.SEEDS for arm, flags in study.RUNS.items()]  # the first seed first
     found, missing = {}, []
     for arm, flags, seed in wanted:
         run = known.get((flags, seed), dict(scores={}))
@@ -102,7 +98,7 @@ def complete(study, name, device=None, jobs=1):
 
 def make(arm, flags, seed, probes, device=None, jobs=1):
     """Train one arm with one seed, and measure it: a dict as `read` has it."""
-    folder = FOLDERS / hashlib.sha256(f"{flags} {seed}".encode()).hexdigest()[:12]
+    folder = folder_of(flags, seed)
     more = ["--seed", str(seed), *(["--device", device] if device else [])]
     scores = {"train": train([*shlex.split(flags), *more], folder, jobs)}
     for name, probe in probes.items():
@@ -113,7 +109,12 @@ def make(arm, flags, seed, probes, device=None, jobs=1):
     return dict(arm=arm, seed=seed, flags=flags, machine=machine(device), scores=scores, log=log)
 
 
-def train(told, folder, jobs):
+def folder_of(flags, seed):
+    """The run folder of what train.py is told, and its seed."""
+    return FOLDERS / hashlib.sha256(f"{flags} {seed}".encode()).hexdigest()[:12]
+
+
+def train(told, folder, jobs=1):
     """One run of train.py, or of the module named after a leading -m, to its end: what its result.json says.
 
     Raises RuntimeError with the last lines of what it printed if it fails.
