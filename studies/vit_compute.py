@@ -1,0 +1,87 @@
+"""Accuracy against floating-point operations, for the three families: ViT, section 4.4, figure 5.
+
+The paper: ViTs need 2 to 4 times less compute than ResNets for the same accuracy (pre-trained on JFT, mean of five data
+sets); hybrids are slightly better than ViTs at small budgets, and the difference vanishes for larger ones. Here each
+family learns Fashion-MNIST from all its labels with three budgets, and the operations of all training steps, forward
+and backward, are counted by PyTorch. Families are compared at the operations of the ViT's runs: between two runs of a
+family accuracy is taken to be linear in the logarithm of operations.
+"""
+
+import functools
+import sys
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import vit
+from related import resnet
+from studies import study, vit_data_size
+
+FAMILIES, ALL = vit_data_size.FAMILIES, vit_data_size.LABELS[-1]
+BATCH, STEPS = 32, (100, 200, 400)
+RUNS = {
+    f"{family}, {steps} steps": vit_data_size.RUNS[f"{family}, {ALL:,} labels"].replace("400", str(steps))
+    for family in FAMILIES
+    for steps in STEPS
+}
+PROBES = {}
+SEEDS = range(3)
+TABLE = {"top-1 (%)": ("train", "top1")}
+
+
+@functools.cache
+def operations(arch):
+    """Of a step with one image, forward and backward: multiplications and additions."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        if arch in resnet.RESNETS:
+            model = resnet.create(arch, 28, 10, 1)
+        else:  # PyTorch does not count the fused kernel on the CPU
+            model = (vit if arch in vit.ARCHS else resnet).create(arch, 28, 10, 1, fused=False)
+        model(torch.zeros(1, 1, 28, 28)).sum().backward()
+    return counter.get_total_flops()
+
+
+def budget(family, steps):
+    return BATCH * steps * operations(FAMILIES[family])
+
+
+def claims(runs):
+    def top1(family, seed, at):  # accuracy with that many operations
+        scores = [study.score(runs, f"{family}, {steps} steps", "train", "top1")[seed] for steps in STEPS]
+        return np.interp(np.log(at), np.log([budget(family, steps) for steps in STEPS]), scores)
+
+    def lead(arm, other, steps):  # points by which a family is ahead of another, at the ViT's operations
+        done = [study.score(runs, f"{family}, {s} steps", "train", "top1") for family in (arm, other) for s in STEPS]
+        seeds = sorted(set.intersection(*map(set, done)))
+        at = budget("ViT", steps)
+        return np.array([top1(arm, seed, at) - top1(other, seed, at) for seed in seeds])
+
+    small, large = STEPS[0], STEPS[-1]
+    found = {
+        "at the smallest budget the ViT is better than the ResNet": lead("ViT", "ResNet", small),
+        "at the largest budget, too": lead("ViT", "ResNet", large),
+        "at the smallest budget the hybrid is better than the ViT": lead("hybrid", "ViT", small),
+        "with the budget that difference shrinks": lead("hybrid", "ViT", small) - lead("hybrid", "ViT", large),
+    }
+    return [study.Claim(text, "figure 5", values, "points") for text, values in found.items()]
+
+
+def figure(runs):
+    figure = study.Figure(figsize=(5, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for family, colour in zip(FAMILIES, ("#0072B2", "#009E73", "#D55E00"), strict=True):
+        scores = [list(study.score(runs, f"{family}, {steps} steps", "train", "top1").values()) for steps in STEPS]
+        budgets = [budget(family, steps) for steps in STEPS]
+        for x, values in zip(budgets, scores, strict=True):
+            axes.plot([x] * len(values), values, "o", color=colour, alpha=0.5, markersize=4)
+        axes.plot(budgets, [np.mean(values) for values in scores], color=colour, label=family)
+    axes.set(xscale="log", xlabel="operations of the training steps", ylabel="top-1 (%)")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+if __name__ == "__main__":
+    study.main(sys.modules[__name__])

@@ -1,0 +1,58 @@
+"""With few labels the ResNet wins, with many the ViT catches up: ViT, section 4.3, figures 3 and 4.
+
+The paper: pre-trained on ImageNet (1.3 million images) the large ViTs stay behind BiT's ResNets, on JFT (303 million)
+they overtake them; of linear few-shot accuracy the same, from 9 to 303 million images of JFT. Here each family learns
+Fashion-MNIST from 500, 2,000 or all 60,000 labels, with the same number of steps and no pre-training: vit_micro4, the
+hybrid r_vit_micro4 and resnet_micro, which have about the same number of operations an image.
+"""
+
+import sys
+
+from studies import study
+
+FAMILIES = {"ViT": "vit_micro4", "hybrid": "r_vit_micro4", "ResNet": "resnet_micro"}
+LABELS = (500, 2000, 60_000)
+STEPS = "--steps 400 --batch-size 32 --lr 2e-3 --evaluations 1 --test-images 5000"
+RUNS = {
+    f"{family}, {n:,} labels": f"--data fashion-mnist --arch {arch} {STEPS}" + f" --labels {n}" * (n < LABELS[-1])
+    for family, arch in FAMILIES.items()
+    for n in LABELS
+}
+PROBES = {}
+SEEDS = range(3)
+TABLE = {"top-1 (%)": ("train", "top1")}
+
+
+def claims(runs):
+    def lead(arm, other, n):  # points by which a family is ahead of another
+        return study.differences(runs, f"{arm}, {n:,} labels", f"{other}, {n:,} labels", "train", "top1")
+
+    few, all_labels = LABELS[0], LABELS[-1]
+    closes = lead("ResNet", "ViT", few) - lead("ResNet", "ViT", all_labels)
+    return [
+        study.Claim(f"with {few} labels the ResNet is better", "figures 3, 4", lead("ResNet", "ViT", few), "points"),
+        study.Claim("from few to all labels the ViT catches up", "figures 3, 4", closes, "points"),
+        study.Claim("with all labels the ViT is better", "figures 3, 4", lead("ViT", "ResNet", all_labels), "points"),
+        study.Claim(f"with {few} labels the hybrid is better than the ViT", "", lead("hybrid", "ViT", few), "points"),
+        study.Claim("with all labels too", "", lead("hybrid", "ViT", all_labels), "points"),
+    ]
+
+
+def figure(runs):
+    figure = study.Figure(figsize=(5, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for (family, _), colour in zip(FAMILIES.items(), ("#0072B2", "#009E73", "#D55E00"), strict=True):
+        scores = [list(study.score(runs, f"{family}, {n:,} labels", "train", "top1").values()) for n in LABELS]
+        for n, values in zip(LABELS, scores, strict=True):
+            axes.plot([n] * len(values), values, "o", color=colour, alpha=0.5, markersize=4)
+        axes.plot(LABELS, [study.np.mean(values) for values in scores], color=colour, label=family)
+    axes.set(xscale="log", xlabel="labels", ylabel="top-1 (%)", xticks=LABELS, xticklabels=[f"{n:,}" for n in LABELS])
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+if __name__ == "__main__":
+    study.main(sys.modules[__name__])
