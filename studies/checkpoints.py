@@ -23,15 +23,15 @@ HERE = study.HERE.parent / "notebooks" / "checkpoints"
 SEED = 0
 MODELS = {  # what train.py is told, and the same model without its weights
     "scenes-supervised": (
-        "--data scenes --arch vit_micro8 --pos-embed 1d --batch-size 64 --steps 3000",
+        "--data scenes --arch vit_micro8 --pos-embed 1d --batch-size 64 --steps 3000 --test-images 1000",
         lambda: vit.create("vit_micro8", 64, 10, pos_embed="1d"),
     ),
     "fashion-mnist-supervised": (
-        "--data fashion-mnist --arch vit_micro4 --epochs 4",
+        "--data fashion-mnist --arch vit_micro4 --epochs 4 --test-images 1000",
         lambda: vit.create("vit_micro4", 28, 10, in_chans=1),
     ),
     "fashion-mnist-hpm": (
-        "--task hpm --data fashion-mnist --arch vit_micro4 --batch-size 32 --steps 4000",
+        "--task hpm --data fashion-mnist --arch vit_micro4 --batch-size 32 --steps 4000 --test-images 1000",
         lambda: hpm.create("vit_micro4", 28, in_chans=1),
     ),
     "scenes-hpm-in-turn": (
