@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint as compute_twice
 import data
 import hpm
 import vit
-from downstream import predict, probes
+from downstream import predict, probes, segmentation
 from engine import checkpoint as run_folder
 from engine import config as flags
 from engine import distributed, ending, memory, plots, report, weights
@@ -59,7 +59,7 @@ def build_vit(config, in_chans, num_classes):
         return resnet.create(config.arch, config.img_size, num_classes, in_chans)
     variant = config.pos_embed in positions.KINDS
     options = dict(pool=config.pool, pos_embed="none" if variant else config.pos_embed)
-    options |= dict(dropout=config.dropout, drop_path=config.drop_path, gelu=config.gelu)
+    options |= dict(dropout=config.dropout, drop_path=config.drop_path, gelu=config.gelu, head=config.head)
     create = vit.create if config.arch in vit.ARCHS else resnet.create
     model = create(config.arch, config.img_size, num_classes, in_chans, **options)
     if variant:
@@ -91,6 +91,11 @@ def build_autoencoder(config, dataset):
     return hpm.create(config.arch, config.img_size, in_chans, config.target, config.predictor_loss, **options)
 
 
+def build_segmenter(config, dataset):
+    encoder = build_encoder(dataclasses.replace(config, dropout=0.0), dataset)  # which is that of the heads
+    return segmentation.UperNet(encoder, len(dataset.classes), config.dropout)
+
+
 def classification_losses(model, images, targets, noise, hard_fraction, smoothing):
     """Cross-entropy; targets are labels (b,) or, after mixup and CutMix, probabilities (b, classes)."""
     return {"loss": F.cross_entropy(model(images), targets, label_smoothing=smoothing)}
@@ -104,6 +109,10 @@ def autoencoder_losses(model, images, targets, noise, hard_fraction, smoothing):
 def mpp_losses(model, images, targets, noise, hard_fraction, smoothing):
     out = model(images, noise)
     return {name: out[name] for name in ("loss", "rec", "accuracy")}
+
+
+def segmentation_losses(model, images, targets, noise, hard_fraction, smoothing):
+    return segmentation.losses(model, images, targets)
 
 
 def score_classifier(config, model, dataset):
@@ -126,6 +135,10 @@ def score_few_shot(config, model, dataset):
         few = data.balanced(train[1].cpu(), n * classes, config.seed).to(train[1].device)
         scores[f"top1_{n}shot"] = probes.few_shot((train[0][few], train[1][few]), test, classes)
     return scores
+
+
+def score_segmenter(config, model, dataset):
+    return segmentation.evaluate(model, dataset.test, *how_to_evaluate(config), len(dataset.classes), config.inference)
 
 
 def how_to_evaluate(config):
@@ -162,6 +175,7 @@ TASKS = {
     "linear": Task(build_encoder, classification_losses, score_classifier),
     "knn": Task(build_encoder, None, score_neighbours),
     "fewshot": Task(build_encoder, None, score_few_shot),
+    "segment": Task(build_segmenter, segmentation_losses, score_segmenter),
 }
 
 
@@ -173,7 +187,7 @@ def build(config, dataset, resume=False):
     """
     model = TASKS[config.task].build(config, dataset)
     if config.init and not (resume and config.task != "linear"):
-        start = {"mpp": "encoder", "mae": "student", "hpm": "student"}.get(config.task)
+        start = {"mpp": "encoder", "mae": "student", "hpm": "student", "segment": "encoder"}.get(config.task)
         how = dict(grid=config.init_grid, classes=list(dataset.classes))
         for note in weights.load(getattr(model, start) if start else model, config.init, **how):
             distributed.print0(f"{config.init}: {note}")
@@ -197,9 +211,9 @@ def build_optimizer(model, name, lr, weight_decay, layer_decay, betas, spared=TO
     layer_decay: the learning rate of a layer over that of the next one, in (0, 1]; the head's is `lr`. spared: the ends
     of the names of matrices without weight decay.
     """
-    groups = {}
-    depth = 1 + max([int(n.split(".")[1]) for n, _ in model.named_parameters() if n.startswith("blocks.")] or [0])
-    for n, p in model.named_parameters():
+    groups, named = {}, [(n.removeprefix("encoder."), p) for n, p in model.named_parameters()]
+    depth = 1 + max([int(n.split(".")[1]) for n, _ in named if n.startswith("blocks.")] or [0])
+    for n, p in named:
         if p.requires_grad:
             decay = weight_decay if p.ndim > 1 and not n.endswith(spared) else 0.0
             scale = layer_decay ** (depth + 1 - layer_number(n, depth))
@@ -441,11 +455,13 @@ def save_checkpoint(config, origin, out, model, average, optimizer, line):
 
 
 def draw_figures(config, out, model, dataset, alpha):
-    """curves.png and, for autoencoders, masks.png: people look before they read."""
+    """curves.png; for autoencoders masks.png, for segmentation predictions.png: people look before they read."""
     if distributed.RANK == 0:
         plots.plot_curves(out)
     if config.task in AUTOENCODERS:
         plots.plot_masks(out, model, dataset, config.img_size, alpha, config.seed, config.device, config.dtype)
+    if config.task == "segment" and distributed.RANK == 0:
+        segmentation.draw(out, model, dataset, *how_to_evaluate(config), config.inference)
 
 
 def best_learning_rate(config, dataset, out, origin):
@@ -575,7 +591,8 @@ def fitting(config, model, dataset):
 def try_step(config, model, dataset, n):
     """Forward and backward pass of n black images, of which nothing stays."""
     images = torch.zeros(n, len(dataset.mean), *config.img_size, device=config.device)
-    labels = torch.zeros(n, dtype=torch.int64, device=config.device)
+    of_pixels = config.img_size if config.task == "segment" else ()
+    labels = torch.zeros(n, *of_pixels, dtype=torch.int64, device=config.device)
     with probes.autocast(config.device, config.dtype), torch.set_grad_enabled(learns(config)):
         if learns(config):
             noise = draw_noise(config, model, n, 0)
@@ -604,6 +621,7 @@ def run(config, dataset, model, out, checkpoint, origin, params):
             return 128 + stopped
         last = distributed.from_rank0(lambda: run_folder.last_line(out))
         names = "top1", "top5", "real_top1", "test_rec", "test_correlation", "test_object_auc", "test_hard_ratio"
+        names += "miou", "pixel_accuracy"
         scores = {name: last[name] for name in names if name in last}
         seconds = last["seconds"]
     if distributed.RANK == 0:

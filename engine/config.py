@@ -25,13 +25,14 @@ import torch
 import data
 import hpm
 import vit
-from engine import distributed, duplicates, recipes, weights
-from engine.recipes import AUTOENCODERS, CLASSIFIERS, PRETRAINING, TASKS, TRAINED, TRAINING_FREE
+from engine import distributed, duplicates, pairs, recipes, weights
+from engine.recipes import AUTOENCODERS, CLASSIFIERS, DENSE, PRETRAINING, TASKS, TRAINED, TRAINING_FREE
 from related import positions, resnet
 
 NOT_TRAINED = (*TRAINING_FREE, "predict")
 NOT_PRETRAINING = (*CLASSIFIERS, "linear", *NOT_TRAINED)
 WITH_DATA = (*TRAINED, *TRAINING_FREE)
+LABELLED = tuple(task for task in WITH_DATA if task not in DENSE)  # an image has one class, if it has any
 ARCHS = (*vit.ARCHS, *resnet.ARCHS)
 POS_EMBEDS = ("none", "1d", "sincos", *positions.KINDS)
 SHOTS = (5, 10)  # examples of each class, for few-shot evaluation
@@ -114,7 +115,7 @@ class Config:
     test_images: int | None = flag("N", "score on N test images alone, the same number of each class", int, COUNT,
                                    WITH_DATA)
     deduplicate: str | None = flag("D", "drop training images that occur in the test set of this data", str, None,
-                                   WITH_DATA)
+                                   LABELLED)
     init: str | None = flag("PATH|URL", "weights to start from: ours, timm, MAE, HPM, Hugging Face, Google", path)
     init_grid: tuple[int, int] | None = flag(
         "RxC", "rows x columns of patches that the positions of --init are of, where its file does not say",
@@ -141,25 +142,27 @@ class Config:
         Range(lambda v: v and all(0 < lr <= 1e38 for lr in v), "a number above 0, at most 1e38"), TRAINED)
     warmup: int = flag("STEPS", "steps of linear warm-up", int,
                        Range(lambda v: 0 <= v <= 10**9, "a whole number of at least 0, at most 10^9"), TRAINED)
-    decay: str = flag("D", "cosine | linear; default cosine", str, ("cosine", "linear"), TRAINED)
+    decay: str = flag("D", "cosine | linear; default cosine, segment: linear", str, ("cosine", "linear"), TRAINED)
     polyak: float = flag("M", "momentum of an average of the weights, as 0.9999; default 0, off", float, PROBABILITY,
                          CLASSIFIERS)
     layer_decay: float = flag("F", "learning rate of a layer over that of the next one, in (0, 1]", float,
-                              Range(lambda v: 0 < v <= 1, "a factor in (0, 1]"), CLASSIFIERS)
+                              Range(lambda v: 0 < v <= 1, "a factor in (0, 1]"), (*CLASSIFIERS, *DENSE))
     weight_decay: float = flag("W", "decoupled; none on biases, norms, positions; on tokens in mae, hpm",
                                float, UP_TO_1000, TRAINED)
     dropout: float = flag("P", "this and the next three in [0, 1); default the recipe's", float, PROBABILITY,
-                          (*CLASSIFIERS, "mpp"))
-    drop_path: float = flag("P", "stochastic depth", float, PROBABILITY, (*CLASSIFIERS, "mpp"))
+                          (*CLASSIFIERS, "mpp", "segment"))
+    drop_path: float = flag("P", "stochastic depth", float, PROBABILITY, (*CLASSIFIERS, "mpp", *DENSE))
     smoothing: float = flag("P", "label smoothing", float, PROBABILITY, (*CLASSIFIERS, "linear"))
     erasing: float = flag("P", "random erasing", float, PROBABILITY, CLASSIFIERS)
     mixup: float = flag("A", "parameter of its Beta distribution, 0 is off", float, UP_TO_1000, CLASSIFIERS)
     cutmix: float = flag("A", "the same for CutMix", float, UP_TO_1000, CLASSIFIERS)
-    randaugment: float = flag("M", "magnitude of RandAugment, up to 10, 0 is off; folder: only", float,
+    randaugment: float = flag("M", "magnitude of RandAugment, up to 10, 0 is off; images in files", float,
                               Range(lambda v: 0 <= v <= 10, "a magnitude from 0 to 10"), CLASSIFIERS)
+    head: str = flag("H", "linear | mlp, the ViT paper's in pre-training: a hidden layer; default linear", str,
+                     ("linear", "mlp"), ("supervised",))
     pool: str | None = flag("P", "cls | mean; default cls, finetune: mean", str, ("cls", "mean"), NOT_PRETRAINING)
     pos_embed: str | None = flag("E", f"{' | '.join(POS_EMBEDS)}; default 1d, the arch's own", str, POS_EMBEDS,
-                                 ("mpp", *NOT_PRETRAINING))
+                                 ("mpp", *NOT_PRETRAINING, *DENSE))
     gelu: str = flag("G", "exact | tanh; default tanh with weights of Google's, .npz", gelu, ("exact", "tanh"))
     pixels: str = flag("P", "own (the data's mean and std) | half (to [-1, 1]); default half with Google's", str,
                        ("own", "half"))
@@ -179,7 +182,7 @@ class Config:
                                       AUTOENCODERS)
     seed: int = flag("SEED", "default 0", int,
                      Range(lambda v: 0 <= v < 2**63, "a whole number of at least 0, below 2^63"))
-    workers: int | None = flag("N", "processes that decode images of folder:, 0 for none; default one a core", int,
+    workers: int | None = flag("N", "processes that decode images in files, 0 for none; default one a core", int,
                                Range(lambda v: 0 <= v <= 1000, "a whole number of at least 0, at most 1000"))
     device: str = flag("D", "cuda | cuda:N | mps | cpu; default cuda where there is one", str,
                        Range(lambda v: re.fullmatch(r"cpu|mps|cuda(:(0|[1-9]\d{0,3}))?", v),
@@ -187,8 +190,11 @@ class Config:
     dtype: str = flag("T", "float32 | bfloat16; default bfloat16 on cuda", str, ("float32", "bfloat16"))
     compile: bool = flag("", "torch.compile; default on cuda", bool, None, TRAINED)
     checkpointing: bool = flag("", "less memory, more time: compute blocks twice", bool, None,
-                               (*CLASSIFIERS, *PRETRAINING))
-    fsdp: bool = flag("", "with torchrun: shard the parameters, for vit_l and vit_h", bool, None, TRAINED)
+                               (*CLASSIFIERS, *PRETRAINING, *DENSE))
+    fsdp: bool = flag("", "with torchrun: shard the parameters, for vit_l and vit_h", bool, None,
+                      (*CLASSIFIERS, "linear", *PRETRAINING))
+    inference: str = flag("I", "slide | whole: test images in windows, or squeezed; default slide", str,
+                          ("slide", "whole"), ("segment",))
     # The pad of a padded crop, the scale of a random resized crop, or None; each recipe has its own.
     crop: int | tuple[float, float] | None = flag(None, "of training images", allowed=CROPS)
 # fmt: on
@@ -198,11 +204,19 @@ FIELDS = dataclasses.fields(Config)
 # When a run goes on; also --steps or --epochs, see `longer`, and another folder: with the same images.
 MAY_CHANGE = ("device", "dtype", "compile", "data_dir", "fsdp", "checkpointing", "workers", "micro_batch")
 ADDED = dict(
-    init_grid=None, images=None, workers=None, teacher="whole", test_images=None, evaluations=None
+    init_grid=None,
+    images=None,
+    workers=None,
+    teacher="whole",
+    test_images=None,
+    evaluations=None,
+    head="linear",
+    inference="slide",
 )  # what older runs do not say, and did
 # Of a run, what --task predict needs to do with images as it did.
 OF_THE_MODEL = (
-    "arch data img_size pool pos_embed gelu pixels mask_ratio mask alpha teacher predictor_loss target target_weights"
+    "arch data img_size pool pos_embed gelu pixels mask_ratio mask alpha teacher predictor_loss target target_weights "
+    "head"
 ).split()
 
 
@@ -250,7 +264,8 @@ def configure(given):
     if values.init and Path(values.init).is_dir():  # a run's folder
         values.init = str(Path(values.init, "last.pt"))
     default(**trained_with(values.init, values.task))
-    default(arch="vit_b16", data="photos", seed=0, decay="cosine", overwrite=False, resume=False)
+    default(arch="vit_b16", data="scenes-many" if values.task in DENSE else "photos", seed=0)
+    default(overwrite=False, resume=False, inference="slide")
     default(device="cuda" if torch.cuda.is_available() else "cpu")
     on_cuda, hard = device_type(values) == "cuda", values.task == "hpm"
     default(dtype="bfloat16" if on_cuda else "float32", checkpointing=False, fsdp=False)
@@ -258,7 +273,8 @@ def configure(given):
     default(mask="hard" if hard else "random", predictor_loss="relative" if hard else "none", mask_ratio=0.75)
     features = values.target in hpm.FEATURE_TARGETS
     default(target="pixels", teacher="whole", alpha=(0.0, 0.2 if features else 0.5))
-    default(optimizer="sgd" if values.task == "linear" else "adamw", gelu="exact", pixels="own")
+    vtab = values.task == "finetune" and values.data.startswith("vtab:")
+    default(optimizer="sgd" if values.task == "linear" or vtab else "adamw", gelu="exact", pixels="own", head="linear")
     check_use(given, values)
 
     if values.arch in resnet.RESNETS:
@@ -270,16 +286,17 @@ def configure(given):
         default(pool="mean" if (values.task, values.optimizer) == ("finetune", "adamw") else "cls")
         default(pos_embed=arch.get("pos_embed", "1d"))
         native = data.NATIVE_SIZE.get(values.data, 32)
-        side = native if native >= 7 * arch["patch_size"] else 224  # fewer patches than 7 x 7 are too few
-        default(img_size=(side, side))
-    default(img_size=(224, 224), polyak=0.0)
+        if native >= 7 * arch["patch_size"]:  # fewer patches are too few
+            default(img_size=(native, native))
+    side = recipes.side_of(values.task, values.arch, values.data, values.optimizer)
+    default(img_size=(side, side), polyak=0.0)
     check_together(values)
     check_device(values)
     dataset = None if values.task == "predict" else load_dataset(values)
 
     images = len(dataset.train) if dataset else 0
     recipe = recipes.recipe_of(values.task, values.arch, values.data, values.optimizer, images)
-    default(**{name: recipe[name] for name in ("weight_decay", *recipes.OFF)})
+    default(**{name: recipe[name] for name in ("weight_decay", *recipes.OFF)}, decay=recipe.get("decay", "cosine"))
     most = recipe["batch_size"]
     default(batch_size=most if values.task in NOT_TRAINED else recipes.batch_of(most, images))
     default(lr=(recipe["lr"] * values.batch_size / 256,))
@@ -331,7 +348,7 @@ def load_dataset(config):
 
     def load(name):
         loaded = data.load(name, config.img_size, config.data_dir)
-        if name.startswith("folder:"):
+        if name.startswith(data.IN_FILES):
             loaded.train.workers = loaded.test.workers = config.workers
         return loaded
 
@@ -348,6 +365,8 @@ def load_dataset(config):
         dataset = dataset._replace(train=dataset.train.subset(labels, config.seed))
     if config.test_images:  # the same ones whatever the seed: runs are compared on them
         dataset = dataset._replace(test=dataset.test.subset(config.test_images, 0))
+    if config.task == "segment" and config.data.startswith("scenes"):
+        dataset = pairs.of_scenes(dataset)
     return dataset
 
 
@@ -386,7 +405,8 @@ def resumed(given, saved, path):
         value = getattr(given, name, None)
         if value in (None, old) or name in ("steps", "epochs"):
             continue
-        moved = name in ("data", "deduplicate") and all(str(v).startswith("folder:") for v in (value, old))
+        kinds = [str(v).partition(":")[:2] for v in (value, old)]  # of folder:PATH and the like
+        moved = name in ("data", "deduplicate") and kinds[0] == kinds[1] and kinds[0][1]
         if name not in MAY_CHANGE and not moved:
             flag, folder = shown(name), path.parent
             raise ValueError(
@@ -499,7 +519,7 @@ def is_a(value, kind):
 
 def check_text(name, text):
     """Raise ValueError for what is no path, URL or name of data on any system."""
-    where = text.removeprefix("folder:")
+    where = re.sub("^(folder|imagenet-real|vtab|segment|ade20k):", "", text)
     if not where:
         raise ValueError(f"{name} is empty; give something, or leave it out")
     if any(ord(letter) < 32 or ord(letter) == 127 for letter in where):
@@ -524,15 +544,18 @@ def check_use(given, config):
     """Raise ValueError for a flag that does nothing beside what else is chosen."""
     if given.epochs and given.steps:
         raise ValueError("--epochs and --steps both set the length of the run; give one of them")
-    folder = any(str(name).startswith("folder:") for name in (config.data, config.deduplicate))
-    downloaded = any(str(name).startswith(("fashion", "cifar", "scenes")) for name in (config.data, config.deduplicate))
+    in_files = any(str(name).startswith(data.IN_FILES) for name in (config.data, config.deduplicate))
+    sites = ("fashion", "cifar", "scenes", "oxford", "imagenet-real")
+    downloaded = any(str(name).startswith(sites) for name in (config.data, config.deduplicate))
     nothing = (
         ("pool pos_embed dropout drop_path layer_decay gelu checkpointing init_grid", config.arch in resnet.RESNETS,
          f"for {config.arch}, which is no Transformer"),
         ("alpha teacher", config.mask != "hard", f"with --mask {config.mask}: it guides hard masks"),
         ("target_weights", config.target not in hpm.FROZEN_TARGETS, "without --target dino or clip"),
-        ("randaugment", not str(config.data).startswith("folder:"), "but with --data folder:PATH"),
-        ("workers", not folder and config.task != "predict", "but with images of folder:PATH"),
+        ("randaugment", not str(config.data).startswith(data.IN_FILES) or str(config.data).startswith("vtab:"),
+         "but with images that are decoded and cropped, as of folder:PATH"),
+        ("head", config.arch in resnet.RESNETS, f"for {config.arch}, which has one layer"),
+        ("workers", not in_files and config.task != "predict", "but with images of files, as of folder:PATH"),
         ("data_dir", not downloaded, "but with data that are downloaded, as fashion-mnist"),
         ("init_grid", not config.init, "without --init"),
         ("overwrite", config.resume, "with --resume: one goes on with the run, the other replaces it"),
@@ -553,11 +576,24 @@ def check_needed(config):
 
 def check_together(config):
     """Raise ValueError for values at odds. What is not known yet may be None."""
+    if config.task in DENSE and config.arch in resnet.RESNETS:
+        raise ValueError(f"--task {config.task} is built on a Transformer, and {config.arch} is none; use a vit_ arch")
+    if config.task == "segment" and not config.data.startswith(("scenes", *data.WITH_MASKS)):
+        raise ValueError(
+            f"--task segment needs the class of every pixel, which {config.data} does not have; use scenes-many, "
+            "segment:PATH or ade20k:PATH"
+        )
+    if config.task not in ("segment", "predict") and config.data.startswith(data.WITH_MASKS):
+        raise ValueError(
+            f"--data {config.data} has masks, and no class for an image; it is for --task segment, not {config.task}"
+        )
     if config.task in PRETRAINING and config.arch in resnet.ARCHS:
         raise ValueError(
             f"{config.arch} starts with convolutions, which would look into the masked patches; use a vit_ arch"
         )
-    if config.task in PRETRAINING and config.lr and len(config.lr) > 1:
+    if str(config.data).startswith("imagenet-real:") and config.task not in (*CLASSIFIERS, "predict"):
+        raise ValueError(f"--task {config.task} has no score with ReaL's labels; give --data folder:PATH")
+    if config.task in (*PRETRAINING, *DENSE) and config.lr and len(config.lr) > 1:
         raise ValueError(f"several --lr are compared by accuracy, and --task {config.task} trains for none; give one")
     if config.lr and len({f"{lr:g}" for lr in config.lr}) < len(config.lr):  # which names their folders
         raise ValueError(f"--lr {show(config.lr)} has the same learning rate twice; give it once")
@@ -573,7 +609,7 @@ def check_together(config):
         grid = vit.patch_grid(*config.img_size, (vit.ARCHS | resnet.HYBRIDS)[config.arch]["patch_size"])
         if config.task in AUTOENCODERS:
             hpm.count_hidden(math.prod(grid), config.mask_ratio)
-    if isinstance(getattr(config, "crop", None), int) and config.data.startswith(("photos", "folder:", "scenes")):
+    if isinstance(getattr(config, "crop", None), int) and config.data.startswith(("photos", "scenes", *data.IN_FILES)):
         raise ValueError(f"--crop {config.crop} is a pad, for small images; {config.data} takes two shares, as 0.2,1")
 
 

@@ -2,6 +2,7 @@
 
 RECIPES               what a flag is when it is not given, by task and data
 recipe_of             the recipe of a task on some data
+side_of               how large the images are
 batch_of              how many images a step has, where there are fewer than the recipe wants
 fitting_micro_batch   how many of them go through a model at a time, on a CPU
 """
@@ -18,8 +19,9 @@ AUTOENCODERS = ("mae", "hpm")
 PRETRAINING = ("mpp", *AUTOENCODERS)
 TRAINING_FREE = ("knn", "fewshot")  # measured without a step of training
 CLASSIFIERS = ("supervised", "finetune")
-TRAINED = (*CLASSIFIERS, "linear", *PRETRAINING)
-TASKS = ("supervised", *PRETRAINING, "finetune", "linear", *TRAINING_FREE, "predict")
+DENSE = ("segment",)  # what is where in an image
+TRAINED = (*CLASSIFIERS, "linear", *PRETRAINING, *DENSE)
+TASKS = ("supervised", *PRETRAINING, "finetune", "linear", *TRAINING_FREE, *DENSE, "predict")
 
 # ---------------------------------------------------------------------------------------------
 # Recipes
@@ -70,6 +72,16 @@ RECIPES = {
     # batch of 4096, its caption says.
     ("linear", "folder"): dict(epochs=90, batch_size=4096, lr=0.1, warmup_epochs=10, weight_decay=0.0, crop=None),
     ("linear", "any"): dict(epochs=90, batch_size=1024, lr=0.1, warmup=0.1, weight_decay=0.0, crop=None),
+    # ADE20K as MAE (appendix A.4) and HPM: mmsegmentation's configs/mae, 1e-4 for a batch of 16. Its polynomial decay
+    # has the power 1. How images are cropped stands in engine/pairs.py.
+    ("segment", "any"): dict(
+        steps={"cpu": 160_000, "cuda": 160_000}, batch_size=16, lr=1e-4 * 16, warmup_steps=1500, warmup=0.5,
+        decay="linear", weight_decay=0.05, crop=None, layer_decay=0.65, drop_path=0.1, dropout=0.1,
+    ),
+    ("segment", "scenes"): dict(
+        steps={"cpu": 1000, "cuda": 1000}, batch_size=32, lr=8e-3, warmup=0.1, weight_decay=0.05, crop=None,
+        layer_decay=0.8,
+    ),
 } | {
     (task, "any"): dict(steps={"cpu": 0, "cuda": 0}, batch_size=256, lr=0.0, warmup=0.0, weight_decay=0.0, crop=None)
     for task in (*TRAINING_FREE, "predict")
@@ -77,6 +89,7 @@ RECIPES = {
 # Of larger models: HPM's finetune_large.sh, which is that of ViT-B but for its length, and MAE's table 9 for ViT-H, of
 # which HPM says nothing.
 LARGE_FINETUNE = {"vit_l": dict(epochs=50), "vit_h": dict(epochs=50, lr=1e-3, layer_decay=0.75, drop_path=0.2)}
+TRANSFER = ("imagenet-real", "oxford-pets", "oxford-flowers", "vtab")  # in files, as those of folder:PATH
 OFF = dict(
     dropout=0.0, drop_path=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0, erasing=0.0, randaugment=0.0, layer_decay=1.0
 )
@@ -87,21 +100,41 @@ def recipe_of(task, arch, data_name, optimizer, images):
 
     images: in the training set. The ViT paper's fine-tuning, with SGD, has its length in steps.
     """
-    name = data_name.partition(":")[0].rstrip("01").removesuffix("-many")  # cifar10, cifar100: cifar
+    name, vtab = kind_of(data_name), data_name.startswith("vtab:")
     kind = "pretrain" if task in PRETRAINING else task
     recipe = OFF | (RECIPES.get((task, name)) or RECIPES.get((kind, name)) or RECIPES[kind, "any"])
     if (task, name) == ("finetune", "folder"):
         recipe |= LARGE_FINETUNE.get(arch[:5], {})
+    if vtab:  # nothing that moves, turns or hides what a task may ask for
+        recipe |= dict(crop=None, mixup=0.0, cutmix=0.0, erasing=0.0, randaugment=0.0)
     if (task, optimizer) == ("finetune", "sgd"):
-        # Table 4, and 0.03 of its grid, which is the default of the authors' code.
-        recipe |= OFF | dict(lr=0.03 / 2, weight_decay=0.0)
+        # Table 4, and 0.03 of its grid, which is the default of the authors' code; for VTAB it has 0.01 alone.
+        recipe |= OFF | dict(lr=(0.01 if vtab else 0.03) / 2, weight_decay=0.0)
         if name in ("folder", "cifar"):
             # 20,000 steps for ImageNet's 1.28M images, 10,000 for CIFAR's 50,000, 500 for Pets' and Flowers' 2,000 to
-            # 4,000; of warm-up 500, or 100 of 500 as in the authors' AugReg.
-            steps = 20_000 if images >= 500_000 else 10_000 if images >= 20_000 else 500
+            # 4,000, 2,500 for VTAB's 1,000; of warm-up 500, or 100 of 500 as in the authors' AugReg.
+            steps = 20_000 if images >= 500_000 else 10_000 if images >= 20_000 else 2500 if vtab else 500
             recipe = {name: value for name, value in recipe.items() if name != "warmup_epochs"}
             recipe |= dict(batch_size=512, steps=dict(cpu=steps, cuda=steps), warmup=0.2, warmup_steps=500)
     return recipe
+
+
+def kind_of(data_name):
+    """Under which name `RECIPES` has data: cifar100 is cifar, what is in files is a folder."""
+    name = data_name.partition(":")[0].rstrip("01").removesuffix("-many")
+    return "folder" if name in TRANSFER else name
+
+
+def side_of(task, arch, data_name, optimizer):
+    """Pixels a side, where the data have no size that the architecture can do with.
+
+    The ViT paper's fine-tuning: 384 (its table 4); for patches of 14, which do not divide that, the 518 of its table 2.
+    """
+    if task == "segment":
+        return 518 if arch.endswith("14") else 512
+    if (task, optimizer) != ("finetune", "sgd") or kind_of(data_name) not in ("folder", "cifar"):
+        return 224
+    return 518 if arch.endswith("14") else 384
 
 
 def batch_of(most, images):
