@@ -329,12 +329,14 @@ CIFAR_MD5 = {
 }
 
 NAMES = ("photos", "scenes", "scenes-many", "fashion-mnist", "cifar10", "cifar100", "oxford-pets", "oxford-flowers")
-NAMES += ("folder:PATH", "imagenet-real:PATH", "vtab:PATH")
+NAMES += ("folder:PATH", "imagenet-real:PATH", "vtab:PATH", "segment:PATH", "ade20k:PATH")
+WITH_MASKS = ("segment:", "ade20k:")
 IN_FILES = (
     "folder:",
     "imagenet-real:",
     "vtab:",
     "oxford-",
+    *WITH_MASKS,
 )  # how the names begin of data that are decoded as they come
 
 
@@ -361,6 +363,10 @@ def load(name, size=(224, 224), data_dir=None):
         from engine import image_folder  # here, for it needs this file
 
         return image_folder.load(Path(name.removeprefix("folder:")).expanduser())
+    if name.startswith(WITH_MASKS):
+        from engine import pairs  # here, for it needs this file
+
+        return pairs.load(name)
     if name.startswith(IN_FILES):
         from engine import transfer  # here, for it needs this file
 

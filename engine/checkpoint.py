@@ -107,7 +107,7 @@ def start_log(out, config, checkpoint):
         # config.json goes before another run's checkpoints, and comes last: with it, there is a run that can go on. So
         # a run that was killed before it saved keeps its own, however often that happens.
         another = ["config.json"] if any((out / name).exists() for name in KEPT) else []
-        for name in (*another, *KEPT, "curves.png", "masks.png"):
+        for name in (*another, *KEPT, "curves.png", "masks.png", "predictions.png"):
             (out / name).unlink(missing_ok=True)
     elif checkpoint["path"].name != "last.pt":  # put the whole one in the place of the damaged one
         checkpoint["path"].replace(out / "last.pt")
