@@ -27,6 +27,8 @@ student's loss under the teacher's masks at α = 0.5 over that under random ones
 
 import sys
 
+from matplotlib.figure import Figure
+
 from studies import study
 
 HPM = f"--task hpm {study.SCENES}"
@@ -78,7 +80,12 @@ def claims(runs):
 
 
 def figure(runs):
-    return study.dots(runs, TABLE)
+    whole = Figure(figsize=(13.6, 8.5), layout="constrained")
+    above, below = whole.subfigures(2, 1, height_ratios=(2, 3))
+    over_time = {"object (ROC AUC)": "test_object_auc", "harder than random (ratio of losses)": "test_hard_ratio"}
+    study.curves(runs, over_time | {"rank correlation": "test_correlation"}, above)
+    study.dots(runs, TABLE, below)
+    return whole
 
 
 if __name__ == "__main__":

@@ -201,21 +201,49 @@ def main(study):
         )
 
 
-def dots(runs, shown):
-    """A figure of one panel for each of shown = {title: (stage, score)}: a dot for each seed, a bar for the mean."""
+def dots(runs, shown, figure=None):
+    """A panel for each of shown = {title: (stage, score)}: a dot for each seed, a bar for the mean.
+
+    figure: a matplotlib figure or subfigure to draw on; default a new one, which is returned.
+    """
     arms = list(dict.fromkeys(run["arm"] for run in runs))
-    figure = Figure(figsize=(3.2 * len(shown), 0.5 + 0.4 * len(arms)), layout="constrained")
-    for axes, (title, (stage, name)) in zip(
-        figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True
-    ):
+    columns = min(4, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = figure or Figure(figsize=(3.4 * columns, rows * (0.7 + 0.3 * len(arms))), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
+    for axes, (title, (stage, name)) in zip(panels, shown.items(), strict=False):
         for row, arm in enumerate(arms):
             values = list(score(runs, arm, stage, name).values())
             axes.plot(values, [row] * len(values), "o", color="#0072B2", alpha=0.6, markersize=4)
             if values:
                 axes.plot([np.mean(values)] * 2, [row - 0.3, row + 0.3], color="#D55E00", linewidth=2)
         axes.set_yticks(range(len(arms)), arms)
-        axes.invert_yaxis()
+        axes.set_ylim(len(arms) - 0.5, -0.5)
         axes.set_title(title, fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", alpha=0.3)
+    for axes in panels[len(shown) :]:
+        axes.remove()
     return figure
+
+
+def curves(runs, shown, figure):
+    """A panel for each of shown = {title: name in log.jsonl} on a figure: of each arm that has it, the mean over the
+    seeds against the step, and their range as a band."""
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axes, (title, name) in zip(panels, shown.items(), strict=True):
+        for arm in dict.fromkeys(run["arm"] for run in runs):
+            logs = [
+                [(line["step"], line[name]) for line in run["log"] if name in line] for run in runs if run["arm"] == arm
+            ]
+            if not any(logs):
+                continue
+            steps = [step for step, _ in logs[0]]
+            values = np.array([[value for _, value in log] for log in logs])  # (seeds, steps)
+            (line,) = axes.plot(steps, values.mean(axis=0), label=arm)
+            axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.15)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("step")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    panels[-1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
