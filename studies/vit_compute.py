@@ -18,13 +18,8 @@ import vit
 from related import resnet
 from studies import study, vit_data_size
 
-FAMILIES, ALL = vit_data_size.FAMILIES, vit_data_size.LABELS[-1]
-BATCH, STEPS = 32, (100, 200, 400)
-RUNS = {
-    f"{family}, {steps} steps": vit_data_size.RUNS[f"{family}, {ALL:,} labels"].replace("400", str(steps))
-    for family in FAMILIES
-    for steps in STEPS
-}
+FAMILIES, STEPS = vit_data_size.FAMILIES, (100, 200, 400)
+RUNS = {f"{family}, {steps} steps": vit_data_size.flags(family, steps) for family in FAMILIES for steps in STEPS}
 PROBES = {}
 SEEDS = range(3)
 TABLE = {"top-1 (%)": ("train", "top1")}
@@ -43,7 +38,7 @@ def operations(arch):
 
 
 def budget(family, steps):
-    return BATCH * steps * operations(FAMILIES[family])
+    return vit_data_size.BATCH * steps * operations(FAMILIES[family])
 
 
 def claims(runs):

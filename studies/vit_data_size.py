@@ -12,10 +12,17 @@ from studies import study
 
 FAMILIES = {"ViT": "vit_micro4", "hybrid": "r_vit_micro4", "ResNet": "resnet_micro"}
 LABELS = (500, 2000, 60_000)
-STEPS = "--steps 400 --batch-size 32 --lr 2e-3 --evaluations 1 --test-images 5000"
+STEPS, BATCH = 400, 32
+
+
+def flags(family, steps):
+    told = f"--steps {steps} --batch-size {BATCH} --lr 2e-3 --evaluations 1 --test-images 5000"
+    return f"--data fashion-mnist --arch {FAMILIES[family]} {told}"
+
+
 RUNS = {
-    f"{family}, {n:,} labels": f"--data fashion-mnist --arch {arch} {STEPS}" + f" --labels {n}" * (n < LABELS[-1])
-    for family, arch in FAMILIES.items()
+    f"{family}, {n:,} labels": flags(family, STEPS) + f" --labels {n}" * (n < LABELS[-1])
+    for family in FAMILIES
     for n in LABELS
 }
 PROBES = {}
