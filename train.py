@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint as compute_twice
 import data
 import hpm
 import vit
-from downstream import predict, probes, segmentation
+from downstream import predict, probes, segmentation, vtab
 from engine import checkpoint as run_folder
 from engine import config as flags
 from engine import distributed, ending, memory, plots, report, weights
@@ -520,6 +520,8 @@ def main(argv=None):
             config = flags.configure(given)[0]
             distributed.start(config.device)
             return predict.run(config, given.out, lambda task, dataset: TASKS[task].build(config, dataset))
+        if vtab.is_whole(given):
+            return vtab.run(given, argv, main)
         config, dataset, out = prepare(given)
         dataset.train.randaugment = config.randaugment
         torch.manual_seed(config.seed)

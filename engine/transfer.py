@@ -243,14 +243,19 @@ def vtab_task(path):
 
     Images are seen whole, without crops or flips, which would change what some tasks ask for: a place, an orientation.
     """
+    task = dataset("vtab", *read_lists(path))
+    task.train.stretched = task.test.stretched = True
+    return task
+
+
+def read_lists(path):
+    """The classes of the task in a folder, the folder, and [(image, label)] to train and to test with."""
     tasks = {name: task for group in VTAB.values() for name, task in group.items()}
     if path.name not in tasks:
         raise ValueError(f"{path} is no task of VTAB; vtab:PATH/TASK has one of {', '.join(sorted(tasks))}")
     n, tests = tasks[path.name]
     lists = [read_list(path / f"{name}.txt", n, m) for name, m in (*VTAB_TRAINING.items(), ("test", tests))]
-    task = dataset("vtab", [f"{path.name} {i}" for i in range(n)], path, lists[0] + lists[1], lists[2])
-    task.train.stretched = task.test.stretched = True
-    return task
+    return [f"{path.name} {i}" for i in range(n)], path, lists[0] + lists[1], lists[2]
 
 
 def read_list(path, classes, length):
