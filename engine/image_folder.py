@@ -5,12 +5,14 @@ Folder         one of them, with the methods of `data.InMemory`
 find_classes   the images of PATH/CLASS/…
 find_images    the image files of a folder, and what else is in there
 read_image     from a file to a tensor
+decode         from a file to all of its pixels
 randaugment    RandAugment, with Pillow
 """
 
 import atexit
 import collections
 import copy
+import functools
 import itertools
 import math
 import os
@@ -118,23 +120,35 @@ class Folder(torch.utils.data.Dataset):
         it; where none can be decoded the image is black and the label -1. crop, draws (b, …): as of `read_image`.
         """
         candidates, size, crop, draws = request
-        images = torch.zeros(len(candidates), 3, *size, dtype=torch.uint8)
-        labels, unreadable = torch.full((len(candidates),), -1), {}
-        crop_pct = None if self.stretched else self.crop_pct or (7 / 8 if max(size) <= 224 else 1.0)
+        samples, unreadable = [self.blank(size) for _ in candidates], {}
         for row, (indices, draw) in enumerate(zip(candidates, draws, strict=True)):
             for index in indices:
-                file = os.fsdecode(self.files[index])
-                if printable(file) in unreadable:
+                file = printable(os.fsdecode(self.files[index]))
+                if file in unreadable:
                     continue
                 try:
-                    images[row] = read_image(file, size, crop, draw, self.randaugment, crop_pct)
-                    labels[row] = self.labels[index]
+                    samples[row] = self.read(index, size, crop, draw)
                     break
                 except MemoryError:  # of this machine: that is no fault of the image
                     raise
                 except Exception as error:  # whatever a decoder raises for a broken file
-                    unreadable[printable(file)] = (str(error) or type(error).__name__).splitlines()[0]
+                    unreadable[file] = (str(error) or type(error).__name__).splitlines()[0]
+        images, labels = (torch.stack(values) for values in zip(*samples, strict=True))
         return images, labels, list(unreadable.items())
+
+    def read(self, index, size, crop, draw):
+        """An image (3, H, W) uint8 and its label (). Raises whatever a decoder does for a broken file."""
+        crop_pct = None if self.stretched else self.crop_pct or (7 / 8 if max(size) <= 224 else 1.0)
+        file = os.fsdecode(self.files[index])
+        return read_image(file, size, crop, draw, self.randaugment, crop_pct), self.labels[index]
+
+    def blank(self, size):
+        """What stands where nothing could be read."""
+        return torch.zeros(3, *size, dtype=torch.uint8), torch.tensor(-1)
+
+    def draw(self, batch_size, seed, step):
+        """Uniform numbers in [0, 1) for the crops of a step: (batch_size, …)."""
+        return data.draw_crops(batch_size, seed, step)
 
     def train_batches(self, size, batch_size, steps, seed, crop, device, shard=slice(None)):
         """As `data.InMemory.train_batches`; crop is the scale of `augment.crop_box`, or None.
@@ -145,7 +159,7 @@ class Folder(torch.utils.data.Dataset):
         def requests():
             for step in steps:
                 order = data.batch_indices(len(self), batch_size, step, seed, more=STAND_INS).numpy()
-                draws = data.draw_crops(batch_size, seed, step).numpy()[shard]
+                draws = self.draw(batch_size, seed, step).numpy()[shard]
                 candidates = [order[place : place + 1 + STAND_INS] for place in range(batch_size)[shard]]
                 for i in range(0, len(draws), REQUEST):
                     yield candidates[i : i + REQUEST], size, crop, draws[i : i + REQUEST]
@@ -331,6 +345,45 @@ def read_image(file, size, crop, draw, magnitude=0.0, crop_pct=7 / 8):
     crop, draw (1 + augment.BOX,): scale, and numbers for the flip and `augment.crop_box`; None: the middle, as much of
     the short side as `crop_pct` says; crop_pct None: all of it, stretched. magnitude: of `randaugment`, in training.
     """
+
+    @functools.cache
+    def seen(width, height):  # top, left, height, width in pixels
+        if crop:
+            box = augment.crop_box(height, width, torch.as_tensor(draw)[1:], crop, aspect=size[1] / size[0])
+            return [v.item() for v in box]
+        if crop_pct is None:
+            return 0, 0, height, width
+        shrink = crop_pct * min(height / size[0], width / size[1])
+        h, w = size[0] * shrink, size[1] * shrink
+        return (height - h) / 2, (width - w) / 2, h, w
+
+    def shrink(width, height):
+        _, _, h, w = seen(width, height)
+        return min(h / size[0], w / size[1])
+
+    image, width, height = decode(file, shrink)
+    top, left, h, w = seen(width, height)
+    x, y = image.width / width, image.height / height
+    right, bottom = min((left + w) * x, image.width), min((top + h) * y, image.height)  # rounding may lead outside,
+    box = (max(left * x, 0), max(top * y, 0), right, bottom)  # and Pillow refuses that
+    image = image.resize(size[::-1], Image.Resampling.BICUBIC, box)
+    if crop and draw[0] < 0.5:
+        image = ImageOps.mirror(image)
+    if crop and magnitude:
+        image = randaugment(image, magnitude, random.Random(np.float32(draw).tobytes()))
+    return to_tensor(image)
+
+
+def to_tensor(image):
+    """A Pillow image as (3, H, W) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def decode(file, shrink=lambda width, height: 1.0):
+    """An image file as a Pillow image, RGB and upright, and how wide and high it is.
+
+    shrink(width, height): how many times smaller it may come; a JPEG can be decoded at 1/2, 1/4 or 1/8 of its size.
+    """
     with Image.open(file, formats=FORMATS) as image:
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # a small file may claim any size; Pillow only warns
             raise ValueError(f"{image.width}x{image.height} pixels are more than {Image.MAX_IMAGE_PIXELS:,}")
@@ -340,31 +393,12 @@ def read_image(file, size, crop, draw, magnitude=0.0, crop_pct=7 / 8):
         width, height = image.size
         if image.getexif().get(0x0112) in (5, 6, 7, 8):  # EXIF orientation of a JPEG: the camera was held upright
             width, height = height, width
-        if crop:
-            box = augment.crop_box(height, width, torch.as_tensor(draw)[1:], crop, aspect=size[1] / size[0])
-            top, left, h, w = (v.item() for v in box)
-        elif crop_pct is None:
-            top, left, h, w = 0, 0, height, width
-        else:
-            shrink = crop_pct * min(height / size[0], width / size[1])
-            h, w = size[0] * shrink, size[1] * shrink
-            top, left = (height - h) / 2, (width - w) / 2
-        # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size: as small as the crop allows.
-        shrink = max(1.0, min(h / size[0], w / size[1]))
-        image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
+        times = max(1.0, shrink(width, height))
+        image.draft(None, (math.ceil(image.width / times), math.ceil(image.height / times)))
         ImageOps.exif_transpose(image, in_place=True)
         if halved and image.mode.startswith("RGB") and 0 < max(high for _, high in image.getextrema()[:3]) < 16:
             raise ValueError("of 16 bits a colour it uses 12 alone; save it with 8")
-        image = to_rgb(image)
-    x, y = image.width / width, image.height / height
-    right, bottom = min((left + w) * x, image.width), min((top + h) * y, image.height)  # rounding may lead outside,
-    box = (max(left * x, 0), max(top * y, 0), right, bottom)  # and Pillow refuses that
-    image = image.resize(size[::-1], Image.Resampling.BICUBIC, box)
-    if crop and draw[0] < 0.5:
-        image = ImageOps.mirror(image)
-    if crop and magnitude:
-        image = randaugment(image, magnitude, random.Random(np.float32(draw).tobytes()))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return to_rgb(image), width, height
 
 
 def to_rgb(image):
