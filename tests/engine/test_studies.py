@@ -11,7 +11,7 @@ import torch
 
 import hpm
 from studies import __main__ as page
-from studies import oracle, study
+from studies import mae_masks, oracle, study
 
 
 def claim(differences, margin=None):
@@ -155,3 +155,19 @@ def test_a_study_says_all_that_the_page_needs(name):
 def test_the_page_says_what_the_results_say():
     """docs/STUDIES.md is `python -m studies` of the stored results, word by word."""
     assert page.PAGE.read_text() == page.page(), "run python -m studies"
+
+
+def test_what_the_asymmetric_encoder_saves_is_what_the_studys_text_says():
+    """Products of matrices alone, 2 operations a multiplication: of 1 + 196 tokens the encoder sees 1 + 49."""
+
+    def blocks(tokens, D, depth):
+        return depth * (2 * tokens * 12 * D * D + 4 * tokens * tokens * D)  # qkv, proj, MLP; q kᵀ and A v
+
+    for arch, D, depth, times in (("vit_l16", 1024, 24, "3.2"), ("vit_b16", 768, 12, "2.4")):
+        decoder = 2 * 50 * D * 512 + blocks(197, 512, 8) + 2 * 147 * 512 * 768
+        asymmetric = 2 * 49 * 768 * D + blocks(50, D, depth) + decoder
+        symmetric = 2 * 196 * 768 * D + blocks(197, D, depth) + decoder
+        counted = mae_masks.operations(arch, 224)
+        assert counted == pytest.approx((asymmetric, symmetric), rel=0.02)
+        assert f"{counted[1] / counted[0]:.1f}" == times
+        assert f"{times} times" in mae_masks.__doc__
