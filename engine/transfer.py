@@ -106,9 +106,9 @@ def pets(folder):
         for text in texts:
             rows = [line.split() for line in text.splitlines() if line and not line.startswith("#")]
             splits.append([(f"images/{row[0]}.jpg", int(row[1]) - 1) for row in rows])
-        names = {(label, image[7:].rpartition("_")[0]) for image, label in (*splits[0], *splits[1])}
-        if sorted(label for label, _ in names) != list(range(37)):  # a class with two names would be here twice
-            raise ValueError(f"it lists {len(names)} classes or names of classes, not 37 numbered from 1")
+        names, others = ({(label, image[7:].rpartition("_")[0]) for image, label in split} for split in splits)
+        if names != others or sorted(label for label, _ in names) != list(range(37)):
+            raise ValueError("its lists do not have 37 classes each, the same ones, numbered from 1")
     except DAMAGED as error:
         raise damaged(path, error) from None
     unpack(folder, "images", "images.tar.gz", PETS_URL, PETS_MD5, [image for split in splits for image, _ in split])
@@ -127,6 +127,8 @@ def flowers(folder):
         if not 1 <= min(numbers) <= max(numbers) <= len(labels):
             raise damaged(paths[1], f"it numbers images up to {max(numbers)}, and there are labels for {len(labels)}")
         splits.append([(f"jpg/image_{number:05d}.jpg", labels[number - 1] - 1) for number in numbers])
+    if len({label for _, label in splits[0]}) < 102:
+        raise damaged(paths[1], "it has classes without an image to train with")
     unpack(folder, "jpg", "102flowers.tgz", FLOWERS_URL, FLOWERS_MD5, [image for split in splits for image, _ in split])
     return dataset("oxford-flowers", [f"flower {number}" for number in range(1, 103)], folder, *splits)
 
