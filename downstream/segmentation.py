@@ -24,8 +24,8 @@ from torch.nn import functional as F
 
 from downstream import probes
 from engine import distributed
+from engine.pairs import IGNORED
 
-IGNORED = 255  # in a mask: a pixel that is of no class, or of one that nobody knows
 AUXILIARY = 0.4  # weight of the auxiliary head's loss (mmsegmentation, configs/_base_/models/upernet_mae.py)
 POOLED = (1, 2, 3, 6)  # rows and columns of what pyramid pooling keeps
 SHOWN = 6  # test images in predictions.png
@@ -147,14 +147,14 @@ class Everyone(torch.autograd.Function):
 
 
 def losses(model, images, masks):
-    """What a step minimises: cross-entropy of each pixel, and AUXILIARY times that of the auxiliary head: two scalars.
+    """What a step minimises: the cross-entropy of a pixel, and AUXILIARY times the auxiliary head's; and the first.
 
     masks (B, H, W) int64. The sum over the pixels that are not IGNORED, by the number of all of them, as in
     mmsegmentation: so the mean over the parts of a batch is that of the batch.
     """
     logits = model(images)
     loss, auxiliary = (F.cross_entropy(v, masks, ignore_index=IGNORED, reduction="sum") for v in logits)
-    return {"loss": (loss + AUXILIARY * auxiliary) / masks.numel(), "auxiliary": auxiliary / masks.numel()}
+    return {"loss": (loss + AUXILIARY * auxiliary) / masks.numel(), "cross_entropy": loss / masks.numel()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -274,7 +274,9 @@ def draw(out, model, dataset, img_size, batch_size, device, dtype, inference):
 
 
 def palette(classes):
-    """A colour for each class, and white for none: (K + 1, 3) in [0, 1]. Hues turn by the golden ratio."""
-    i = np.arange(classes)
+    """A colour for each class, the first one dark, and white for none: (K + 1, 3) in [0, 1]."""
+    i = np.arange(classes)  # hues turn by the golden ratio
     hsv = np.stack([i * 0.618034 % 1, np.where(i // 3 % 2, 0.5, 0.9), np.where(i // 2 % 2, 0.6, 0.95)], axis=1)
-    return np.vstack([hsv_to_rgb(hsv), np.ones((1, 3))])
+    colors = hsv_to_rgb(hsv)
+    colors[0] = 0.2
+    return np.vstack([colors, np.ones((1, 3))])
