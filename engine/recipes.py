@@ -19,7 +19,7 @@ AUTOENCODERS = ("mae", "hpm")
 PRETRAINING = ("mpp", *AUTOENCODERS)
 TRAINING_FREE = ("knn", "fewshot")  # measured without a step of training
 CLASSIFIERS = ("supervised", "finetune")
-DENSE = ("segment",)  # what is where in an image
+DENSE = ("segment", "detect")  # what is where in an image
 TRAINED = (*CLASSIFIERS, "linear", *PRETRAINING, *DENSE)
 TASKS = ("supervised", *PRETRAINING, "finetune", "linear", *TRAINING_FREE, *DENSE, "predict")
 
@@ -75,11 +75,20 @@ RECIPES = {
     # ADE20K as MAE (appendix A.4) and HPM: mmsegmentation's configs/mae, 1e-4 for a batch of 16. Its polynomial decay
     # has the power 1. How images are cropped stands in engine/pairs.py.
     ("segment", "any"): dict(
-        steps={"cpu": 160_000, "cuda": 160_000}, batch_size=16, lr=1e-4 * 16, warmup_steps=1500, warmup=0.5,
+        steps={"cpu": 160_000, "cuda": 160_000}, batch_size=16, lr=1e-4 * 16, warmup_steps=1500, warmup=0.1,
         decay="linear", weight_decay=0.05, crop=None, layer_decay=0.65, drop_path=0.1, dropout=0.1,
     ),
     ("segment", "scenes"): dict(
         steps={"cpu": 1000, "cuda": 1000}, batch_size=32, lr=8e-3, warmup=0.1, weight_decay=0.05, crop=None,
+        layer_decay=0.8,
+    ),
+    # COCO as MAE and HPM: detectron2's projects/ViTDet, mask_rcnn_vitdet_b_100ep.py: 1e-4 for a batch of 64.
+    ("detect", "any"): dict(
+        epochs=100, batch_size=64, lr=1e-4 * 4, warmup_steps=250, warmup=0.5, decay="steps", weight_decay=0.1,
+        crop=None, layer_decay=0.7, drop_path=0.1, window=14,
+    ),
+    ("detect", "scenes"): dict(
+        steps={"cpu": 1200, "cuda": 1200}, batch_size=16, lr=3e-3 * 16, warmup=0.05, weight_decay=0.05, crop=None,
         layer_decay=0.8,
     ),
 } | {
@@ -89,6 +98,8 @@ RECIPES = {
 # Of larger models: HPM's finetune_large.sh, which is that of ViT-B but for its length, and MAE's table 9 for ViT-H, of
 # which HPM says nothing.
 LARGE_FINETUNE = {"vit_l": dict(epochs=50), "vit_h": dict(epochs=50, lr=1e-3, layer_decay=0.75, drop_path=0.2)}
+# ViTDet's for ViT-L and ViT-H (mask_rcnn_vitdet_{l_100ep,h_75ep}.py).
+LARGE_DETECT = {"vit_l": dict(layer_decay=0.8, drop_path=0.4), "vit_h": dict(epochs=75, layer_decay=0.9, drop_path=0.5)}
 TRANSFER = ("imagenet-real", "oxford-pets", "oxford-flowers", "vtab")  # in files, as those of folder:PATH
 OFF = dict(
     dropout=0.0, drop_path=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0, erasing=0.0, randaugment=0.0, layer_decay=1.0
@@ -105,6 +116,8 @@ def recipe_of(task, arch, data_name, optimizer, images):
     recipe = OFF | (RECIPES.get((task, name)) or RECIPES.get((kind, name)) or RECIPES[kind, "any"])
     if (task, name) == ("finetune", "folder"):
         recipe |= LARGE_FINETUNE.get(arch[:5], {})
+    if task == "detect" and name != "scenes":
+        recipe |= LARGE_DETECT.get(arch[:5], {})
     if vtab:  # nothing that moves, turns or hides what a task may ask for
         recipe |= dict(crop=None, mixup=0.0, cutmix=0.0, erasing=0.0, randaugment=0.0)
     if (task, optimizer) == ("finetune", "sgd"):
@@ -130,6 +143,8 @@ def side_of(task, arch, data_name, optimizer):
 
     The ViT paper's fine-tuning: 384 (its table 4); for patches of 14, which do not divide that, the 518 of its table 2.
     """
+    if task == "detect":
+        return 1008 if arch.endswith("14") else 1024
     if task == "segment":
         return 518 if arch.endswith("14") else 512
     if (task, optimizer) != ("finetune", "sgd") or kind_of(data_name) not in ("folder", "cifar"):
