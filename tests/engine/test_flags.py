@@ -367,6 +367,20 @@ def colours(steps_of, command):
     return bool((crops.round() != torch.tensor([90, 120, 60])[:, None, None]).any())
 
 
+def layers_of_head(steps_of, command):
+    """Linear layers from the representation to the logits, and the function between them."""
+    (step,) = steps_of(command)
+    y, logits = torch.randn(2, 64), {}
+    step.model.represent = lambda images, inside: y
+    step.model(None, logits)
+    ours = [module for module in (*step.model.pre_logits.modules(), step.model.head) if isinstance(module, nn.Linear)]
+    h = y
+    for layer in ours[:-1]:
+        h = (h @ layer.weight.T + layer.bias).tanh()
+    assert torch.allclose(logits["logits"], h @ ours[-1].weight.T + ours[-1].bias, atol=1e-6), "tanh (ViT, section 3.1)"
+    return [tuple(layer.weight.shape) for layer in ours]
+
+
 def pooled(steps_of, command):
     """What the image representation is the LayerNorm of, with weight 1 and bias 0 as at the start."""
     step, inside = first(steps_of, command), {}
@@ -652,6 +666,9 @@ TABLE = {
         "": ({"own"}, 0.0), "--cutmix 0.3": ({"own", "box"}, 0.246), "--cutmix 20": ({"box"}, 0.108),
     }, blended),
     "--randaugment": (f"{MICRO} --data folder:grey", {"": False, "--randaugment 9": True}, colours),
+    "--head": (MICRO, {
+        "": [(3, 64)], "--head linear": [(3, 64)], "--head mlp": [(64, 64), (3, 64)],
+    }, layers_of_head),
     "--pool": (MICRO, {"": ["class token"], "--pool cls": ["class token"], "--pool mean": ["mean of patches"]}, pooled),
     "--pos-embed": (MICRO, {
         "--pos-embed none": {},
@@ -743,7 +760,7 @@ USES = {
     "--polyak 0.5": CLASSIFY, "--layer-decay 0.3": CLASSIFY, "--weight-decay 0.4": TRAINED,
     "--dropout 0.3": f"{CLASSIFY} mpp", "--drop-path 0.3": f"{CLASSIFY} mpp", "--smoothing 0.3": f"{CLASSIFY} linear",
     "--erasing 0.9": CLASSIFY, "--mixup 0.5": CLASSIFY, "--cutmix 0.5": CLASSIFY, "--randaugment 5": CLASSIFY,
-    "--pool": f"{CLASSIFY} linear knn fewshot predict",
+    "--head mlp": "supervised", "--pool": f"{CLASSIFY} linear knn fewshot predict",
     "--pos-embed none": f"{CLASSIFY} mpp linear knn fewshot predict",
     "--gelu tanh": f"{DATA} predict", "--pixels half": f"{DATA} predict", "--mask-ratio 0.5": "mae hpm",
     "--mask grid": "mae hpm", "--alpha 1,1": "mae hpm", "--teacher in-turn": "hpm",
