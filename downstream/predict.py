@@ -51,6 +51,7 @@ def run(config, out, build):
     whole = name in data.NATIVE_SIZE or (name == "photos" and is_run)  # else the middle, as with ImageNet
     workers = image_folder.workers() if config.workers is None else max(1, config.workers)
     images = Images(find(config.images), mean, std, data.NATIVE_SIZE.get(name), whole, workers)
+    images.stretched = name.startswith("vtab:")  # as in training
     dataset = data.Dataset(name, saved["classes"], mean, std, None, images)
     if task in AUTOENCODERS:
         model = with_state(build(task, dataset), weights.content_of(init)[0], init)
@@ -161,7 +162,7 @@ class Images:
 
     def __init__(self, paths, mean, std, side=None, whole=False, workers=1):
         self.paths, self.mean, self.std, self.side, self.whole = paths, mean, std, side, whole
-        self.workers, self.unreadable = workers, {}
+        self.workers, self.unreadable, self.stretched = workers, {}, False
 
     def __len__(self):
         return len(self.paths)
@@ -169,7 +170,7 @@ class Images:
     def read(self, path, size):
         """One file: (C, H, W) uint8."""
         try:
-            crop_pct = 1.0 if self.whole or max(size) > 224 else 7 / 8
+            crop_pct = None if self.stretched else 1.0 if self.whole or max(size) > 224 else 7 / 8
             image = image_folder.read_image(path, size, None, None, crop_pct=crop_pct)
         except Exception as error:  # whatever a decoder raises for a broken file
             self.unreadable[path] = (str(error) or type(error).__name__).splitlines()[0]

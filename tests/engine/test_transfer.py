@@ -4,11 +4,13 @@ Names, folders, numbering and formats are those that the authors describe: READM
 page of Oxford 102 Flower, README of reassessed-imagenet, and NOAH's get_vtab1k.py, which writes the public VTAB-1k.
 """
 
+import csv
 import functools
 import io
 import json
 import re
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,9 +19,10 @@ import torch
 from PIL import Image
 
 import data
+import vit
 from downstream import probes
 from engine import transfer
-from tests.engine.runs import one_line, run
+from tests.engine.runs import MICRO, checkpoint, one_line, record_steps, run
 from tests.engine.site import serve
 
 # Copied from torchvision's datasets/oxford_iiit_pet.py and flowers102.py; the last one is real.json's own at commit
@@ -415,3 +418,37 @@ def test_tasks_that_have_no_such_score_say_so(task, leave_no_trace, capsys):
     init = "" if task == "hpm" else "--init x.pt"
     assert run(f"--task {task} --data imagenet-real:/nowhere --arch vit_micro4 {init}") == 2
     assert "no score with ReaL's labels; give --data folder:PATH" in one_line(capsys)
+
+
+# ---------------------------------------------------------------------------------------------
+# The head of pre-training
+# ---------------------------------------------------------------------------------------------
+
+
+def test_fine_tuning_replaces_the_whole_head_of_pre_training(small, shallow, no_figures, monkeypatch, capsys):
+    """ViT, appendix B.1.1: both linear layers go, and one that starts at zero comes; also for the same classes."""
+    assert run(f"{MICRO} --head mlp --lr 0.01 --warmup 0 --out pre") == 0
+    trained = checkpoint("pre")["model"]
+    assert trained["pre_logits.fc.weight"].shape == (64, 64)
+    (first, *_) = record_steps(monkeypatch, f"{MICRO} --task finetune --pool cls --init pre --out tuned")
+    assert not [name for name in first.before if name.startswith("pre_logits")]
+    assert torch.equal(first.before["blocks.0.mlp.fc1.weight"], trained["blocks.0.mlp.fc1.weight"])
+    assert "head left at its initial value: the layer before it, pre_logits" in capsys.readouterr().out
+
+
+def test_a_run_with_the_head_of_pre_training_predicts_with_it(small, shallow, no_figures, monkeypatch):
+    """--task predict builds the model as its run did, hidden layer and all."""
+    assert run(f"{MICRO} --head mlp --lr 0.01 --warmup 0 --out pre") == 0
+    write(Path("images"), {"a.png": picture(90, (16, 16), "PNG")})
+    assert run("--task predict --init pre --images images --out said") == 0
+    trained = checkpoint("pre")["model"]
+    model = vit.create("vit_micro4", img_size=16, num_classes=3, head="mlp").eval()
+    model.load_state_dict(trained)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+    with torch.no_grad():
+        logits = model((torch.full((1, 3, 16, 16), 90 / 255) - mean) / std)[0]
+    (row,) = csv.DictReader(Path("said/predictions.csv").open(encoding="utf-8-sig"))
+    found = {row[f"class {i}"]: float(row[f"probability {i}"]) for i in (1, 2, 3)}
+    assert found == pytest.approx(
+        dict(zip(("red", "green", "blue"), logits.softmax(0).tolist(), strict=True)), abs=1e-5
+    )

@@ -19,7 +19,7 @@ import data
 import vit
 from downstream import vtab
 from engine import config as flags
-from engine import transfer
+from engine import image_folder, transfer
 from tests.engine.runs import STILL, one_line, run, watch
 
 # VTAB, section 2 and its table of data sets: the groups, and the classes of each task (VPT, table of VTAB-1k).
@@ -113,6 +113,21 @@ def test_images_are_seen_whole_in_training_and_in_tests(benchmark):
     images, labels = next(dsprites.train.train_batches((16, 16), 12, [0], 0, None, torch.device("cpu")))
     assert images.mean(dim=(1, 2)).argmax(dim=1).tolist() == order.tolist(), "not mirrored"
     assert labels.tolist() == [i % 4 for i in order.tolist()]
+
+
+def test_predictions_see_images_as_the_task_did(benchmark, monkeypatch):
+    """Whole, too: what is cut off may be what a task asks for."""
+    command = f"--task supervised {STILL} --data vtab:vtab/kitti --steps 1 --batch-size 4 --workers 0 --out run"
+    assert run(command) == 0
+    asked, original = [], image_folder.read_image
+
+    def read_image(*args, **options):
+        asked.append(options["crop_pct"])
+        return original(*args, **options)
+
+    monkeypatch.setattr(image_folder, "read_image", read_image)
+    assert run("--task predict --init run --images vtab/kitti/images/test") == 0
+    assert asked == [None] * SMALL["test"]
 
 
 @pytest.mark.parametrize(
