@@ -30,10 +30,7 @@ TABLE = {"top-1 (%)": ("train", "top1")}
 def operations(arch, size):
     """Of a step with one image of size x size grey pixels, forward and backward: multiplications and additions."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        if arch in resnet.RESNETS:
-            model = resnet.create(arch, size, 10, 1)
-        else:  # PyTorch does not count the fused kernel on the CPU
-            model = (vit if arch in vit.ARCHS else resnet).create(arch, size, 10, 1, fused=False)
+        model = (vit if arch in vit.ARCHS else resnet).create(arch, size, 10, 1)
         model(torch.zeros(1, 1, size, size)).sum().backward()
     return counter.get_total_flops()
 

@@ -176,7 +176,7 @@ def test_the_small_ones_are_as_large_as_vit_micro4():
     for arch in ("vit_micro4", "r_vit_micro4", "resnet_micro"):
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
             create = vit.create if arch in vit.ARCHS else resnet.create
-            model = create(arch, 28, 10, 1, **({} if arch == "resnet_micro" else {"fused": False}))
+            model = create(arch, 28, 10, 1)
             model(torch.zeros(1, 1, 28, 28))
         counts[arch] = sum(p.numel() for p in model.parameters()), counter.get_total_flops()
     assert counts["vit_micro4"] == (205_962, 2 * 11_801_216)
