@@ -85,14 +85,22 @@ def complete(study, name, device=None, jobs=1):
         part.write_text("[\n" + ",\n".join(json.dumps(run) for run in runs) + "\n]\n")
         part.replace(RESULTS / f"{name}.json")
 
+    failed = False
     with futures.ThreadPoolExecutor(jobs) as pool:
         work = {pool.submit(make, *run, study.PROBES, device, jobs): run for run in missing}
         for future in futures.as_completed(work):
             arm, _, seed = work[future]
-            found[arm, seed] = future.result()
+            try:
+                found[arm, seed] = future.result()
+            except RuntimeError as error:  # others go on
+                failed = True
+                print(f"{name}: {arm}, seed {seed}: {error}", file=sys.stderr, flush=True)
+                continue
             write()
             print(f"{name}: {arm}, seed {seed} is done", flush=True)
     write()
+    if failed:
+        sys.exit(1)
     return read(name)
 
 

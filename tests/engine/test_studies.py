@@ -101,6 +101,24 @@ def test_what_is_there_is_not_made_again(made):
     assert len(made) == 16
 
 
+def test_a_run_that_fails_stops_no_other(made, monkeypatch, capsys):
+    """The others are made and written; the program says which it was and why, and ends with 1."""
+    run = study.subprocess.run
+
+    def fail(command, **options):
+        done = run(command, **options)
+        broken = "--steps 1 " in f"{' '.join(command)} "
+        return types.SimpleNamespace(returncode=int(broken), stderr="no space left") if broken else done
+
+    monkeypatch.setattr(study.subprocess, "run", fail)
+    with pytest.raises(SystemExit, match="1"):
+        study.complete(small_study(), "small")
+    assert [(run["arm"], run["seed"]) for run in study.read("small")] == [("b", 0), ("b", 1)]
+    err = capsys.readouterr().err
+    assert "small: a, seed 0:" in err
+    assert "no space left" in err
+
+
 def test_the_oracle_says_the_students_own_losses():
     """Each patch's true loss, less the mean of its turn, averaged over the turns that hide it: one turn at a time."""
     torch.manual_seed(0)
