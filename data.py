@@ -329,13 +329,14 @@ CIFAR_MD5 = {
 }
 
 NAMES = ("photos", "scenes", "scenes-many", "fashion-mnist", "cifar10", "cifar100", "oxford-pets", "oxford-flowers")
-NAMES += ("folder:PATH", "imagenet-real:PATH", "vtab:PATH", "segment:PATH", "ade20k:PATH")
+NAMES += ("folder:PATH", "imagenet-real:PATH", "vtab:PATH", "segment:PATH", "ade20k:PATH", "coco:PATH")
 WITH_MASKS = ("segment:", "ade20k:")
 IN_FILES = (
     "folder:",
     "imagenet-real:",
     "vtab:",
     "oxford-",
+    "coco:",
     *WITH_MASKS,
 )  # how the names begin of data that are decoded as they come
 
@@ -367,6 +368,10 @@ def load(name, size=(224, 224), data_dir=None):
         from engine import pairs  # here, for it needs this file
 
         return pairs.load(name)
+    if name.startswith("coco:"):
+        from engine import coco  # here, for it needs this file
+
+        return coco.load(Path(name.removeprefix("coco:")).expanduser())
     if name.startswith(IN_FILES):
         from engine import transfer  # here, for it needs this file
 

@@ -35,10 +35,10 @@ from torch.utils.checkpoint import checkpoint as compute_twice
 import data
 import hpm
 import vit
-from downstream import predict, probes, segmentation, vtab
+from downstream import detection, predict, probes, segmentation, vtab
 from engine import checkpoint as run_folder
 from engine import config as flags
-from engine import distributed, ending, memory, plots, report, weights
+from engine import coco, distributed, ending, memory, plots, report, weights
 from engine.config import AUTOENCODERS, PRETRAINING, SHOTS, TRAINING_FREE
 from related import mpp, positions, resnet
 
@@ -53,13 +53,14 @@ SAVE_EVERY = 600  # seconds
 # ---------------------------------------------------------------------------------------------
 
 
-def build_vit(config, in_chans, num_classes):
+def build_vit(config, in_chans, num_classes, **more):
     """The ViT, hybrid or ResNet of --arch; num_classes 0: without a head."""
     if config.arch in resnet.RESNETS:
         return resnet.create(config.arch, config.img_size, num_classes, in_chans)
     variant = config.pos_embed in positions.KINDS
     options = dict(pool=config.pool, pos_embed="none" if variant else config.pos_embed)
     options |= dict(dropout=config.dropout, drop_path=config.drop_path, gelu=config.gelu, head=config.head)
+    options |= more
     create = vit.create if config.arch in vit.ARCHS else resnet.create
     model = create(config.arch, config.img_size, num_classes, in_chans, **options)
     if variant:
@@ -96,6 +97,12 @@ def build_segmenter(config, dataset):
     return segmentation.UperNet(encoder, len(dataset.classes), config.dropout)
 
 
+def build_detector(config, dataset):
+    pooled = dataclasses.replace(config, pool="mean")  # without a norm after the last block, nor the class token
+    encoder = build_vit(pooled, len(dataset.mean), 0, class_token=False)
+    return detection.Detector(encoder, len(dataset.classes), config.window)
+
+
 def classification_losses(model, images, targets, noise, hard_fraction, smoothing):
     """Cross-entropy; targets are labels (b,) or, after mixup and CutMix, probabilities (b, classes)."""
     return {"loss": F.cross_entropy(model(images), targets, label_smoothing=smoothing)}
@@ -113,6 +120,10 @@ def mpp_losses(model, images, targets, noise, hard_fraction, smoothing):
 
 def segmentation_losses(model, images, targets, noise, hard_fraction, smoothing):
     return segmentation.losses(model, images, targets)
+
+
+def detection_losses(model, images, targets, noise, hard_fraction, smoothing):
+    return model(images, coco.collate(targets), noise)
 
 
 def score_classifier(config, model, dataset):
@@ -139,6 +150,10 @@ def score_few_shot(config, model, dataset):
 
 def score_segmenter(config, model, dataset):
     return segmentation.evaluate(model, dataset.test, *how_to_evaluate(config), len(dataset.classes), config.inference)
+
+
+def score_detector(config, model, dataset):
+    return coco.evaluate(model, dataset.test, dataset.classes, *how_to_evaluate(config))
 
 
 def how_to_evaluate(config):
@@ -176,6 +191,7 @@ TASKS = {
     "knn": Task(build_encoder, None, score_neighbours),
     "fewshot": Task(build_encoder, None, score_few_shot),
     "segment": Task(build_segmenter, segmentation_losses, score_segmenter),
+    "detect": Task(build_detector, detection_losses, score_detector),
 }
 
 
@@ -187,7 +203,7 @@ def build(config, dataset, resume=False):
     """
     model = TASKS[config.task].build(config, dataset)
     if config.init and not (resume and config.task != "linear"):
-        start = {"mpp": "encoder", "mae": "student", "hpm": "student", "segment": "encoder"}.get(config.task)
+        start = dict(mpp="encoder", mae="student", hpm="student", segment="encoder", detect="encoder").get(config.task)
         how = dict(grid=config.init_grid, classes=list(dataset.classes))
         for note in weights.load(getattr(model, start) if start else model, config.init, **how):
             distributed.print0(f"{config.init}: {note}")
@@ -254,12 +270,15 @@ def load_optimizer(optimizer, saved):
 
 
 def learning_rate(step, steps, peak, warmup, decay="cosine"):
-    """Linear warm-up over `warmup` steps, then cosine or linear decay that would reach 0 at `steps`.
+    """Linear warm-up over `warmup` steps, then cosine or linear decay that would reach 0 at `steps`; decay "steps": a
+    tenth from 8/9 of them on, a hundredth from 26/27.
 
-    step counts from 0. ViT, appendix B.1.
+    step counts from 0. ViT, appendix B.1; ViTDet.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
+    if decay == "steps":
+        return peak * 0.1 ** ((step >= steps * 8 / 9) + (step >= steps * 26 / 27))
     progress = (step - warmup) / max(1, steps - warmup)  # in [0, 1)
     return peak * (1 - progress if decay == "linear" else (1 + math.cos(math.pi * progress)) / 2)
 
@@ -321,7 +340,10 @@ def train_step(config, dataset, model, wrapped_model, average, optimizer, step, 
 
 
 def draw_noise(config, model, n, step):
-    """The numbers that the masks of n images are made from, see `data.draw_noise`; where nothing is masked, n None."""
+    """The numbers that the masks of n images are made from, see `data.draw_noise`, or of which objects and places are
+    learned; elsewhere n None."""
+    if config.task == "detect":
+        return data.draw_noise(n, len(model.anchors), 1, config.seed, step, config.device)
     if config.task not in PRETRAINING:
         return [None] * n
     patches = math.prod(getattr(model, "student", model).encoder.grid)
@@ -455,13 +477,15 @@ def save_checkpoint(config, origin, out, model, average, optimizer, line):
 
 
 def draw_figures(config, out, model, dataset, alpha):
-    """curves.png; for autoencoders masks.png, for segmentation predictions.png: people look before they read."""
+    """curves.png; for autoencoders masks.png, of what is where predictions.png: people look before they read."""
     if distributed.RANK == 0:
         plots.plot_curves(out)
     if config.task in AUTOENCODERS:
         plots.plot_masks(out, model, dataset, config.img_size, alpha, config.seed, config.device, config.dtype)
     if config.task == "segment" and distributed.RANK == 0:
         segmentation.draw(out, model, dataset, *how_to_evaluate(config), config.inference)
+    if config.task == "detect":
+        coco.draw(out, model, dataset, *how_to_evaluate(config))
 
 
 def best_learning_rate(config, dataset, out, origin):
@@ -595,6 +619,8 @@ def try_step(config, model, dataset, n):
     images = torch.zeros(n, len(dataset.mean), *config.img_size, device=config.device)
     of_pixels = config.img_size if config.task == "segment" else ()
     labels = torch.zeros(n, *of_pixels, dtype=torch.int64, device=config.device)
+    if config.task == "detect":
+        labels = n * [coco.one_object(config.img_size, config.device)]
     with probes.autocast(config.device, config.dtype), torch.set_grad_enabled(learns(config)):
         if learns(config):
             noise = draw_noise(config, model, n, 0)
@@ -623,7 +649,7 @@ def run(config, dataset, model, out, checkpoint, origin, params):
             return 128 + stopped
         last = distributed.from_rank0(lambda: run_folder.last_line(out))
         names = "top1", "top5", "real_top1", "test_rec", "test_correlation", "test_object_auc", "test_hard_ratio"
-        names += "miou", "pixel_accuracy"
+        names += "miou", "pixel_accuracy", *coco.SCORES
         scores = {name: last[name] for name in names if name in last}
         seconds = last["seconds"]
     if distributed.RANK == 0:

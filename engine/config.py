@@ -25,7 +25,7 @@ import torch
 import data
 import hpm
 import vit
-from engine import distributed, duplicates, pairs, recipes, weights
+from engine import coco, distributed, duplicates, pairs, recipes, weights
 from engine.recipes import AUTOENCODERS, CLASSIFIERS, DENSE, PRETRAINING, TASKS, TRAINED, TRAINING_FREE
 from related import positions, resnet
 
@@ -142,7 +142,8 @@ class Config:
         Range(lambda v: v and all(0 < lr <= 1e38 for lr in v), "a number above 0, at most 1e38"), TRAINED)
     warmup: int = flag("STEPS", "steps of linear warm-up", int,
                        Range(lambda v: 0 <= v <= 10**9, "a whole number of at least 0, at most 10^9"), TRAINED)
-    decay: str = flag("D", "cosine | linear; default cosine, segment: linear", str, ("cosine", "linear"), TRAINED)
+    decay: str = flag("D", "cosine | linear | steps; default cosine, segment linear, detect steps", str,
+                      ("cosine", "linear", "steps"), TRAINED)
     polyak: float = flag("M", "momentum of an average of the weights, as 0.9999; default 0, off", float, PROBABILITY,
                          CLASSIFIERS)
     layer_decay: float = flag("F", "learning rate of a layer over that of the next one, in (0, 1]", float,
@@ -188,13 +189,16 @@ class Config:
                        Range(lambda v: re.fullmatch(r"cpu|mps|cuda(:(0|[1-9]\d{0,3}))?", v),
                              "cuda, cuda:N, mps or cpu"))
     dtype: str = flag("T", "float32 | bfloat16; default bfloat16 on cuda", str, ("float32", "bfloat16"))
-    compile: bool = flag("", "torch.compile; default on cuda", bool, None, TRAINED)
+    compile: bool = flag("", "torch.compile; default on cuda", bool, None,
+                         tuple(task for task in TRAINED if task != "detect"))  # where every step has other shapes
     checkpointing: bool = flag("", "less memory, more time: compute blocks twice", bool, None,
                                (*CLASSIFIERS, *PRETRAINING, *DENSE))
     fsdp: bool = flag("", "with torchrun: shard the parameters, for vit_l and vit_h", bool, None,
                       (*CLASSIFIERS, "linear", *PRETRAINING))
     inference: str = flag("I", "slide | whole: test images in windows, or squeezed; default slide", str,
                           ("slide", "whole"), ("segment",))
+    window: int = flag("N", "all but four blocks attend within N x N patches, 0: none does; default for coco: 14", int,
+                       Range(lambda v: 0 <= v <= 1000, "a whole number of at least 0, at most 1000"), ("detect",))
     # The pad of a padded crop, the scale of a random resized crop, or None; each recipe has its own.
     crop: int | tuple[float, float] | None = flag(None, "of training images", allowed=CROPS)
 # fmt: on
@@ -212,6 +216,7 @@ ADDED = dict(
     evaluations=None,
     head="linear",
     inference="slide",
+    window=0,
 )  # what older runs do not say, and did
 # Of a run, what --task predict needs to do with images as it did.
 OF_THE_MODEL = (
@@ -269,7 +274,7 @@ def configure(given):
     default(device="cuda" if torch.cuda.is_available() else "cpu")
     on_cuda, hard = device_type(values) == "cuda", values.task == "hpm"
     default(dtype="bfloat16" if on_cuda else "float32", checkpointing=False, fsdp=False)
-    default(compile=on_cuda and not values.fsdp and values.task in TRAINED)
+    default(compile=on_cuda and not values.fsdp and values.task in TRAINED and values.task != "detect")
     default(mask="hard" if hard else "random", predictor_loss="relative" if hard else "none", mask_ratio=0.75)
     features = values.target in hpm.FEATURE_TARGETS
     default(target="pixels", teacher="whole", alpha=(0.0, 0.2 if features else 0.5))
@@ -297,6 +302,7 @@ def configure(given):
     images = len(dataset.train) if dataset else 0
     recipe = recipes.recipe_of(values.task, values.arch, values.data, values.optimizer, images)
     default(**{name: recipe[name] for name in ("weight_decay", *recipes.OFF)}, decay=recipe.get("decay", "cosine"))
+    default(window=recipe.get("window", 0))
     most = recipe["batch_size"]
     default(batch_size=most if values.task in NOT_TRAINED else recipes.batch_of(most, images))
     default(lr=(recipe["lr"] * values.batch_size / 256,))
@@ -367,6 +373,8 @@ def load_dataset(config):
         dataset = dataset._replace(test=dataset.test.subset(config.test_images, 0))
     if config.task == "segment" and config.data.startswith("scenes"):
         dataset = pairs.of_scenes(dataset)
+    if config.task == "detect" and config.data.startswith("scenes"):
+        dataset = coco.of_scenes(dataset)
     return dataset
 
 
@@ -519,7 +527,7 @@ def is_a(value, kind):
 
 def check_text(name, text):
     """Raise ValueError for what is no path, URL or name of data on any system."""
-    where = re.sub("^(folder|imagenet-real|vtab|segment|ade20k):", "", text)
+    where = re.sub("^(folder|imagenet-real|vtab|segment|ade20k|coco):", "", text)
     if not where:
         raise ValueError(f"{name} is empty; give something, or leave it out")
     if any(ord(letter) < 32 or ord(letter) == 127 for letter in where):
@@ -583,6 +591,12 @@ def check_together(config):
             f"--task segment needs the class of every pixel, which {config.data} does not have; use scenes-many, "
             "segment:PATH or ade20k:PATH"
         )
+    if config.task == "detect" and not config.data.startswith(("scenes", "coco:")):
+        raise ValueError(
+            f"--task detect needs the box of every object, which {config.data} does not have; use scenes-many, coco:PATH"
+        )
+    if config.task not in ("detect", "predict") and config.data.startswith("coco:"):
+        raise ValueError(f"--data {config.data} has objects, and no class for an image; it is for --task detect")
     if config.task not in ("segment", "predict") and config.data.startswith(data.WITH_MASKS):
         raise ValueError(
             f"--data {config.data} has masks, and no class for an image; it is for --task segment, not {config.task}"
