@@ -114,7 +114,8 @@ class Folder(torch.utils.data.Dataset):
             )
 
     def __getitem__(self, request):
-        """Decode several images: (b, 3, H, W) uint8, labels (b,), and [(name, reason)] of those that can't be decoded.
+        """Decode several images: (b, 3, H, W) uint8, labels (b,), [(name, reason)] of those that can't be decoded, and
+        tuples of what else `read` gives.
 
         request: candidates, size, crop, draws. candidates: b sequences of indices, the image and what may stand in for
         it; where none can be decoded the image is black and the label -1. crop, draws (b, …): as of `read_image`.
@@ -133,8 +134,8 @@ class Folder(torch.utils.data.Dataset):
                     raise
                 except Exception as error:  # whatever a decoder raises for a broken file
                     unreadable[file] = (str(error) or type(error).__name__).splitlines()[0]
-        images, labels = (torch.stack(values) for values in zip(*samples, strict=True))
-        return images, labels, list(unreadable.items())
+        images, labels, *more = zip(*samples, strict=True)
+        return torch.stack(images), torch.stack(labels), list(unreadable.items()), *more
 
     def read(self, index, size, crop, draw):
         """An image (3, H, W) uint8 and its label (). Raises whatever a decoder does for a broken file."""
@@ -167,7 +168,9 @@ class Folder(torch.utils.data.Dataset):
         loaded = self._load(requests(), device, training=True)
         parts = math.ceil(len(range(batch_size)[shard]) / REQUEST)  # of a step, each from another worker
         while step := list(itertools.islice(loaded, parts)):
-            yield step[0] if parts == 1 else tuple(torch.cat(part) for part in zip(*step, strict=True))
+            images, labels, *more = zip(*step, strict=True)
+            joined = (torch.cat(images), torch.cat(labels), *(sum(part, ()) for part in more)) if parts > 1 else step[0]
+            yield joined
 
     def test_batches(self, size, batch_size, device, shard=slice(None)):
         """As `data.InMemory.test_batches`; an image that can't be decoded has label -1 and is black."""
@@ -189,7 +192,7 @@ class Folder(torch.utils.data.Dataset):
         iterator = iter(loader)
         ITERATORS.add(iterator)
         try:
-            for images, labels, unreadable in iterator:
+            for images, labels, unreadable, *more in iterator:
                 for name, reason in unreadable:
                     if name not in self.unreadable:
                         tqdm.write(f"warning: skipped {name}: {reason}", file=sys.stderr)
@@ -200,7 +203,7 @@ class Folder(torch.utils.data.Dataset):
                         "remove them"
                     )
                 images, labels = (v.to(device, non_blocking=True) for v in (images, labels))
-                yield data.normalise(images, self.mean, self.std), labels
+                yield data.normalise(images, self.mean, self.std), labels, *more
         finally:
             end_workers(iterator)
 
