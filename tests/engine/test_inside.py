@@ -168,5 +168,5 @@ def test_the_families_are_compared_at_equal_operations():
 
 
 def test_both_studies_of_the_families_share_their_longest_runs():
-    longest = {vit_compute.RUNS[f"{family}, {vit_compute.STEPS[-1]} steps"] for family in vit_compute.FAMILIES}
+    longest = {vit_compute.RUNS[f"{family}, {vit_compute.STEPS[-1]} steps"] for family in ("ViT", "ResNet")}
     assert longest <= set(vit_data_size.RUNS.values())
