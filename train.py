@@ -37,8 +37,8 @@ import hpm
 import vit
 from downstream import detection, predict, probes, segmentation, vtab
 from engine import checkpoint as run_folder
-from engine import config as flags
 from engine import coco, distributed, ending, memory, plots, report, weights
+from engine import config as flags
 from engine.config import AUTOENCODERS, PRETRAINING, SHOTS, TRAINING_FREE
 from related import mpp, positions, resnet
 
@@ -621,6 +621,9 @@ def try_step(config, model, dataset, n):
     labels = torch.zeros(n, *of_pixels, dtype=torch.int64, device=config.device)
     if config.task == "detect":
         labels = n * [coco.one_object(config.img_size, config.device)]
+    norms = [module for module in model.modules() if isinstance(module, segmentation.BatchNorm)]
+    for norm in norms:  # it would wait for other processes, which try other numbers, and remember black images
+        norm.eval()
     with probes.autocast(config.device, config.dtype), torch.set_grad_enabled(learns(config)):
         if learns(config):
             noise = draw_noise(config, model, n, 0)
@@ -628,6 +631,8 @@ def try_step(config, model, dataset, n):
         else:
             model(images)
     model.zero_grad()
+    for norm in norms:
+        norm.train()
 
 
 def learns(config):

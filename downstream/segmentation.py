@@ -122,9 +122,14 @@ def resize(maps, size):
 
 
 class BatchNorm(nn.SyncBatchNorm):
-    """With the mean and variance of what all processes see. PyTorch's own does so on GPUs alone."""
+    """With the mean and variance of what all processes see. PyTorch's own does so on GPUs alone.
+
+    A single value has no variance: of one image at a time, what is pooled to one pixel is as in evaluation.
+    """
 
     def forward(self, x):
+        if x[:, 0].numel() * distributed.WORLD_SIZE == 1:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         if x.is_cuda or not self.training or distributed.WORLD_SIZE == 1:
             return super().forward(x)
         self.num_batches_tracked.add_(1)

@@ -79,7 +79,7 @@ RECIPES = {
         decay="linear", weight_decay=0.05, crop=None, layer_decay=0.65, drop_path=0.1, dropout=0.1,
     ),
     ("segment", "scenes"): dict(
-        steps={"cpu": 1000, "cuda": 1000}, batch_size=32, lr=8e-3, warmup=0.1, weight_decay=0.05, crop=None,
+        steps={"cpu": 400, "cuda": 4000}, batch_size=32, lr=8e-3, warmup=0.1, weight_decay=0.05, crop=None,
         layer_decay=0.8,
     ),
     # COCO as MAE and HPM: detectron2's projects/ViTDet, mask_rcnn_vitdet_b_100ep.py: 1e-4 for a batch of 64.
@@ -118,6 +118,8 @@ def recipe_of(task, arch, data_name, optimizer, images):
         recipe |= LARGE_FINETUNE.get(arch[:5], {})
     if task == "detect" and name != "scenes":
         recipe |= LARGE_DETECT.get(arch[:5], {})
+    if task == "segment" and name != "scenes" and arch.startswith(("vit_l", "vit_h")):
+        recipe |= dict(drop_path=0.2)  # BEiT's upernet_beit_large_24_512_slide_160k_ade20k_pt2ft.py
     if vtab:  # nothing that moves, turns or hides what a task may ask for
         recipe |= dict(crop=None, mixup=0.0, cutmix=0.0, erasing=0.0, randaugment=0.0)
     if (task, optimizer) == ("finetune", "sgd"):
@@ -145,7 +147,7 @@ def side_of(task, arch, data_name, optimizer):
     """
     if task == "detect":
         return 1008 if arch.endswith("14") else 1024
-    if task == "segment":
+    if task == "segment" and kind_of(data_name) != "scenes":
         return 518 if arch.endswith("14") else 512
     if (task, optimizer) != ("finetune", "sgd") or kind_of(data_name) not in ("folder", "cifar"):
         return 224
@@ -166,6 +168,8 @@ def batch_of(most, images):
 # ---------------------------------------------------------------------------------------------
 
 FLOATS = 32  # of each token, in each block, for each number of its width: 21 measured, 31 with dropout
+UPERNET = 12  # of each pixel at stride 4, for each number of the width: 8 to 11 measured
+LOGITS_BYTES = 16 * 150  # of each pixel, of two heads, before and after the softmax, for ADE20K's classes
 CONV_BYTES = 250  # of each pixel, in each bottleneck of the usual width: 185 measured at 224 pixels
 
 
@@ -202,4 +206,6 @@ def bytes_an_image(config):
             numbers *= 1 - config.mask_ratio
             numbers += tokens * d * blocks * (1 if config.predictor_loss == "none" else 2)
         total += 4 * FLOATS * numbers
+        if config.task == "segment":
+            total += 4 * UPERNET * D * H * W / 16 + LOGITS_BYTES * H * W
     return total
