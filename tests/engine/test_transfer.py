@@ -21,7 +21,7 @@ from PIL import Image
 import data
 import vit
 from downstream import probes
-from engine import transfer
+from engine import distributed, transfer
 from tests.engine.runs import MICRO, checkpoint, one_line, record_steps, run
 from tests.engine.site import serve
 
@@ -360,6 +360,17 @@ def test_an_image_is_right_if_the_class_is_among_its_labels(real):
     assert 0 < own < right < named < len(seen), "the made-up labels tell them apart"
     assert scores["real_top1"] == pytest.approx(100 * right / named)
     assert scores["top1"] == pytest.approx(100 * own / len(seen))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_each_process_scores_its_images_with_their_own_labels(rank, real, monkeypatch):
+    """Of three processes each takes every third image."""
+    monkeypatch.setattr(distributed, "test_shard", lambda: slice(rank, None, 3))
+    part, mine = real.test.part(torch.arange(40)), range(rank, 40, 3)
+    answers = [label if label % 2 else label + 5 for label in mine]
+    scores = probes.evaluate(Says(answers), part, (8, 8), 4, "cpu")
+    named = [(a, REASSESSED[NUMBERS[label] - 1]) for a, label in zip(answers, mine, strict=True)]
+    assert scores["real_top1"] == pytest.approx(100 * np.mean([a in labels for a, labels in named if labels]))
 
 
 def test_an_image_that_cannot_be_decoded_counts_for_neither_score(real, monkeypatch):
