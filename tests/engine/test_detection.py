@@ -240,7 +240,7 @@ def example(b=3, S=4, A=50, K=12, classes=5):
     """Outputs, truth and samples of b images, the last of which has no object."""
     rng = torch.Generator().manual_seed(0)
     labels = torch.randint(classes, (b, S), generator=rng)
-    labels[1, 2:], labels[-1] = -1, -1
+    labels[1:2, 2:], labels[-1] = -1, -1
     e = SimpleNamespace(labels=labels, boxes=random_boxes(b, S), anchors=random_boxes(A, seed=1), classes=classes)
     e.logits, e.deltas = torch.randn(b, A, generator=rng), torch.randn(b, A, 4, generator=rng)
     e.noise = torch.rand(b, A, generator=rng)
