@@ -33,7 +33,9 @@ def tell(bar, line):
         bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{line['lr']:.1e}")
     elif distributed.RANK == 0:
         left = (bar.total - line["step"]) * line["seconds"] / line["step"]  # seconds
-        scores = "".join(f", {name} {line[name]:.4g}" for name in ("top1", "test_rec", "miou") if name in line)
+        scores = "".join(
+            f", {name} {line[name]:.4g}" for name in ("top1", "test_rec", "miou", "ap_box", "ap_mask") if name in line
+        )
         print(
             f"step {line['step']:,} of {bar.total:,}, epoch {line['epoch']:.1f}: loss {line['loss']:.3f}{scores}, "
             f"lr {line['lr']:.1e}, {line['images_per_second']:.1f} images/s, {left / 60:.0f} min to go",
@@ -57,6 +59,8 @@ def finish(config, dataset, out, scores, seconds, params):
         **{f"top1_{n}shot": f"{{:.2f}} % top-1 from {n} images a class" for n in SHOTS},
         "miou": "a mean intersection over union of {:.3f} on the test set",
         "pixel_accuracy": "{:.3f} of the pixels",
+        "ap_box": "AP_box {:.3f}",
+        "ap_mask": "AP_mask {:.3f} on the test set",
         "test_rec": "a reconstruction loss of {:.4f} on test images",
         "test_correlation": "a rank correlation of {:.2f} between predicted and true loss",
         "test_object_auc": "an area of {:.2f} under the ROC curve of the teacher's map for the item's patches",
