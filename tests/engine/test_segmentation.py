@@ -127,7 +127,7 @@ def bilinear(x, size):
             for place, new, old in ((i, size[0], x.shape[1]), (j, size[1], x.shape[2])):
                 centre = min(max((place + 0.5) * old / new - 0.5, 0), old - 1)
                 low = min(int(centre), old - 1)
-                weights.append({low: 1 - (centre - low), min(low + 1, old - 1): 0.0} | {})
+                weights.append({low: 1 - (centre - low)})
                 if centre > low:
                     weights[-1][low + 1] = centre - low
             for a, u in weights[0].items():
@@ -194,15 +194,17 @@ def test_the_decoder_equals_that_of_hugging_face():
     model = upernet(32, 4)
     config = BeitConfig(hidden_size=8, pool_scales=[1, 2, 3, 6], num_labels=K, out_indices=[1, 2, 3, 4])
     theirs = beit.BeitUperHead(config).eval()
-    if theirs.channels != 8:
-        theirs.channels = 8
-    pairs = [(model.pools, "psp_modules.{}.1"), (model.laterals, "lateral_convs.{}"), (model.smooth, "fpn_convs.{}")]
+    pairs = [
+        (model.pools, "psp_modules.blocks.{}.conv"),
+        (model.laterals, "lateral_convs.{}"),
+        (model.smooth, "fpn_convs.{}"),
+    ]
     named = [(one, name.format(i)) for many, name in pairs for i, one in enumerate(many)]
-    named += [(model.pyramid, "bottleneck"), (model.fuse, "fpn_bottleneck")]
+    named += [(model.pyramid, "psp_bottleneck"), (model.fuse, "fpn_bottleneck")]
     state = {"classifier.weight": model.head[-1].weight, "classifier.bias": model.head[-1].bias}
     for ours, name in named:
-        state |= {f"{name}.conv.weight": ours[0].weight}
-        state |= {f"{name}.bn.{key}": value for key, value in ours[1].state_dict().items()}
+        state |= {f"{name}.convolution.weight": ours[0].weight}
+        state |= {f"{name}.normalization.{key}": value for key, value in ours[1].state_dict().items()}
     theirs.load_state_dict(state)
     maps = [picture(2, 8, s, s, seed=s) for s in (16, 8, 4, 2)]
     with torch.no_grad():
