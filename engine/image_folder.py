@@ -108,9 +108,10 @@ class Folder(torch.utils.data.Dataset):
         """
         self.unreadable |= unreadable
         if len(self.unreadable) > 0.05 * len(self):
+            last = list(self.unreadable)[-1]
             raise UnreadableImages(
                 f"{len(self.unreadable)} of {len(self)} images can't be decoded, more than 5 %; the last is "
-                f"{list(self.unreadable)[-1]}; repair or remove them"
+                f"{last} ({self.unreadable[last]}); repair or remove them"
             )
 
     def __getitem__(self, request):
