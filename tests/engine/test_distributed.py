@@ -25,6 +25,7 @@ import vit
 from engine import distributed, image_folder
 from tests.engine.launch import SHALLOW, uneven
 from tests.engine.runs import MICRO, STILL, checkpoint, log, run, settings, write_images
+from tests.engine.test_segmentation import write_pairs
 
 ROOT = Path(train.__file__).parent
 pytestmark = pytest.mark.usefixtures("leave_no_trace")
@@ -63,6 +64,9 @@ COMMANDS = {
     "mpp": f"{SGD} --task mpp --lr 0.1",
     "finetune": FINETUNE,
     "linear": "--task linear --init init.pt --lr 0.5",
+    # Its norms take what goes through all processes at a time: here the batch.
+    "segment": "--task segment --data segment:masks --workers 0 --optimizer sgd --batch-size 8 --lr 0.1 --dropout 0 "
+    "--drop-path 0",
     "bfloat16": BFLOAT16,
     "bfloat16-fsdp": f"{BFLOAT16} --fsdp",
     "adamw": "--task mae --steps 1",
@@ -72,7 +76,7 @@ COMMANDS = {
 }
 # In one process there is nothing to shard.
 ONE = {name: name.removesuffix("-fsdp") for name in COMMANDS}
-TRAINED = ("supervised", "supervised-fsdp", "hpm", "hpm-fsdp", "mae", "mpp", "finetune", "linear")
+TRAINED = ("supervised", "supervised-fsdp", "hpm", "hpm-fsdp", "mae", "mpp", "finetune", "linear", "segment")
 # Jump from one value to another when rounding decides between two classes or ranks.
 JUMPS = ("correlation", "test_correlation", "accuracy", "top1")
 
@@ -86,6 +90,7 @@ def runs(tmp_path_factory):
     torch.manual_seed(0)
     torch.save(vit.ViT(16, num_classes=0, **SHALLOW).state_dict(), "init.pt")
     write_images("pictures", ant=20, cat=20)
+    write_pairs("masks", train=12, val=5)
     order = data.batch_indices(40, 40, 0, seed=0).tolist()  # batches of 4: two images for each process
     files = image_folder.load(Path("pictures")).train.files
     for i in (order[0], order[2], order[6]):

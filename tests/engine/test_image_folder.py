@@ -1059,7 +1059,7 @@ def test_more_than_five_percent_of_unreadable_images_are_refused(tmp_path, capfd
                 list(split.train_batches((4, 4), 8, range(10), 0, (0.2, 1.0), CPU))
         assert len(split.unreadable) == 3
     assert issubclass(image_folder.UnreadableImages, ValueError)
-    with refusal("4 of 40", "the last is another.png;", error=image_folder.UnreadableImages):
+    with refusal("4 of 40", "the last is another.png (said another process);", error=image_folder.UnreadableImages):
         split.skip({"another.png": "said another process"})
     capfd.readouterr()
 

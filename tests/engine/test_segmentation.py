@@ -618,6 +618,6 @@ def test_a_class_number_above_the_count_never_scores(pairs, no_figures, capsys):
     Path("pairs/classes.txt").write_text("ground\none\n")
     assert run(f"{SHORT} --out run") == 2
     message = one_line(capsys)
-    assert "can't be decoded" in message
+    assert "its mask has the class 2, and they go from 0 to 1" in message
     assert "repair" in message
     assert not list(run_folder.read_log(Path("run")))
