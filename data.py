@@ -372,7 +372,7 @@ def load(name, size=(224, 224), data_dir=None):
         from engine import coco  # here, for it needs this file
 
         return coco.load(Path(name.removeprefix("coco:")).expanduser())
-    if name.startswith(IN_FILES):
+    if name in NAMES or name.startswith(("imagenet-real:", "vtab:")):  # Oxford's
         from engine import transfer  # here, for it needs this file
 
         return transfer.load(name, data_dir)

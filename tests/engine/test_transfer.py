@@ -219,6 +219,12 @@ def test_a_damaged_archive_of_images_leaves_nothing_behind(name, damage, tmp_pat
     assert len(data.load(name, data_dir=tmp_path).classes) in (37, 102)
 
 
+@pytest.mark.parametrize("name", ["oxford-pet", "oxford-flowers-102", "oxford-pets:PATH", "vtab", "imagenet-real"])
+def test_a_name_that_is_nearly_one_of_these_is_refused(name):
+    with refusal(f"unknown data '{name}'", "did you mean", "oxford-pets, oxford-flowers"):
+        data.load(name)
+
+
 def test_what_a_process_that_was_killed_has_unpacked_is_not_used(tmp_path):
     folder = tmp_path / "oxford-pets"
     write(folder, pets_files())
