@@ -331,14 +331,8 @@ CIFAR_MD5 = {
 NAMES = ("photos", "scenes", "scenes-many", "fashion-mnist", "cifar10", "cifar100", "oxford-pets", "oxford-flowers")
 NAMES += ("folder:PATH", "imagenet-real:PATH", "vtab:PATH", "segment:PATH", "ade20k:PATH", "coco:PATH")
 WITH_MASKS = ("segment:", "ade20k:")
-IN_FILES = (
-    "folder:",
-    "imagenet-real:",
-    "vtab:",
-    "oxford-",
-    "coco:",
-    *WITH_MASKS,
-)  # how the names begin of data that are decoded as they come
+# How the names begin of data that are decoded as they come.
+IN_FILES = ("folder:", "imagenet-real:", "vtab:", "oxford-", "coco:", *WITH_MASKS)
 
 
 def load(name, size=(224, 224), data_dir=None):
