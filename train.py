@@ -620,7 +620,7 @@ def try_step(config, model, dataset, n):
     of_pixels = config.img_size if config.task == "segment" else ()
     labels = torch.zeros(n, *of_pixels, dtype=torch.int64, device=config.device)
     if config.task == "detect":
-        labels = n * [coco.one_object(config.img_size, config.device)]
+        labels = n * [coco.whole(model.sizes.samples[1] // 4, config.img_size, config.device)]
     norms = [module for module in model.modules() if isinstance(module, segmentation.BatchNorm)]
     for norm in norms:  # it would wait for other processes, which try other numbers, and remember black images
         norm.eval()

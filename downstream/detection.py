@@ -1,7 +1,5 @@
 """ViTDet: Mask R-CNN on a plain Vision Transformer (Li et al. 2022), what MAE and HPM are judged with on COCO.
 
-In the order in which an image passes through:
-
     Detector        images -> losses, or boxes, classes and masks
     windows         attention within parts of a large image
     pyramid         one feature map becomes several, of other strides
@@ -33,7 +31,7 @@ from torch.nn import functional as F
 Detections = namedtuple("Detections", "boxes labels scores masks")
 
 # scales: of the maps, over the last one; samples: anchors and regions to learn from; best: proposals of a map before
-# suppression, in training and after it, then of an image. The first row is ViTDet's, the second ours, for a laptop.
+# suppression, in training and after it, then of an image. The first row is ViTDet's, the second for widths below 192.
 Sizes = namedtuple("Sizes", "scales channels convolutions hidden samples best proposals")
 FULL = Sizes((4, 2, 1, 0.5), 256, 4, 1024, (256, 512), (2000, 1000), 1000)
 SMALL = Sizes((2, 1, 0.5), 32, 1, 128, (64, 32), (100, 100), 50)
@@ -43,8 +41,7 @@ ANCHOR = 8  # strides: the side of an anchor of aspect 1
 CANONICAL = 14  # strides: the side of a region on the map that it is looked up in (FPN, eq. 1: 224 pixels at stride 16)
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # of the box head's code: Fast R-CNN's, so that its numbers have variance 1
 BOX_SIDE, MASK_SIDE = 7, 14  # bins of RoIAlign; a mask has twice as many
-SCORE, OVERLAP, MOST = 0.05, 0.5, 100  # least score of a detection, largest overlap of two of one class, how many
-CANDIDATES = 1000  # for them, of an image
+SCORE, OVERLAP, MOST = 0.05, 0.5, 100  # least score of a detection, largest overlap in a class, how many of 1000
 
 
 class Detector(nn.Module):
@@ -118,7 +115,7 @@ class Detector(nn.Module):
         scores, deltas = self.box_head(roi_align(maps, self.strides, proposals, BOX_SIDE))
         scores = scores.view(b, P, K + 1).softmax(dim=2)[..., :K] * there[..., None]
         boxes = decode(deltas.view(b, P, K, 4), proposals[:, :, None], BOX_WEIGHTS)
-        scores, index = scores.flatten(1).topk(min(CANDIDATES, P * K), dim=1)  # of all boxes, in all classes
+        scores, index = scores.flatten(1).topk(min(1000, P * K), dim=1)  # of all boxes, in all classes
         boxes, labels = gather(clip(boxes, self.encoder.img_size).flatten(1, 2), index), index % K
         scores = scores * suppress(boxes, (scores > SCORE) & (area(boxes) > 0), OVERLAP, labels)
         scores, index = scores.topk(min(MOST, scores.shape[1]), dim=1)
@@ -134,7 +131,7 @@ def gather(values, index):
     return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
 
 
-# --- Windows ----------------------------------------------------------------------------------
+# --- Windows, and the pyramid -----------------------------------------------------------------
 
 
 def use_windows(encoder, side):
@@ -154,9 +151,6 @@ def use_windows(encoder, side):
     for i, block in enumerate(encoder.blocks, 1):
         if i % quarter:
             block.attn.forward = functools.partial(within_windows, block.attn.forward)
-
-
-# --- The pyramid ------------------------------------------------------------------------------
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -261,7 +255,7 @@ def suppress(boxes, there, threshold, labels=None):
             return stays
 
 
-# --- Proposals --------------------------------------------------------------------------------
+# --- Proposals, and what is learned from ------------------------------------------------------
 
 
 class ProposalHead(nn.Module):
@@ -304,9 +298,6 @@ def rpn_losses(logits, deltas, anchors, labels, boxes, noise, number):
     box = (gather(deltas, index) - wanted).abs().sum(dim=2)
     n = number * len(logits)
     return (objectness * taken).sum() / n, (box * found).sum() / n
-
-
-# --- Samples ----------------------------------------------------------------------------------
 
 
 def match(boxes, there, others, low, high, rescue=False):

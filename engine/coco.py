@@ -278,10 +278,10 @@ def collate(targets):
     return labels, boxes, masks
 
 
-def one_object(size, device):
-    """`Objects` of an image of size = (H, W) of which all is one object of class 0."""
-    box = torch.tensor([[0, 0, size[1], size[0]]], device=device)
-    return Objects(torch.zeros_like(box[:, 0]), torch.ones(1, *size, dtype=torch.bool, device=device), box)
+def whole(n, size, device):
+    """n `Objects` of class 0, each of which is all of an image of size = (H, W): as much work as there can be."""
+    boxes = torch.tensor(n * [[0, 0, size[1], size[0]]], device=device)
+    return Objects(torch.zeros_like(boxes[:, 0]), torch.ones(n, *size, dtype=torch.bool, device=device), boxes)
 
 
 def truth_of(objects, number):

@@ -15,7 +15,7 @@ import vit
 from downstream.detection import Detections
 from engine import coco
 from engine.scenes import Objects, boxes_of
-from tests.engine.runs import checkpoint, different, log, one_line, run
+from tests.engine.runs import checkpoint, different, log, one_line, run, settings
 from tests.engine.test_distributed import launch, wait
 
 pytestmark = pytest.mark.usefixtures("leave_no_trace")
@@ -430,3 +430,13 @@ def test_two_processes_have_the_losses_of_one(tiny, no_figures, tmp_path):
             assert other[name] == pytest.approx(line[name], rel=1e-3), (line["step"], name)
     for name in coco.SCORES:
         assert two[-1][name] == pytest.approx(one[-1][name], abs=0.02)
+
+
+def test_the_step_that_memory_is_measured_with_has_work_for_every_region(tiny):
+    """On a GPU the micro-batch is what fits: an image with fewer objects than usual would promise too much."""
+    config, dataset = settings(tiny)
+    model, seen = train.build(config, dataset), []
+    model.mask_head.register_forward_hook(lambda module, args, out: seen.append(args[1].shape))
+    train.try_step(config, model, dataset, 2)
+    assert seen == [(2, model.sizes.samples[1] // 4)]
+    assert all(p.grad is None for p in model.parameters())
