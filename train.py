@@ -94,7 +94,9 @@ def build_autoencoder(config, dataset):
 
 def build_segmenter(config, dataset):
     encoder = build_encoder(dataclasses.replace(config, dropout=0.0), dataset)  # which is that of the heads
-    return segmentation.UperNet(encoder, len(dataset.classes), config.dropout)
+    model = segmentation.UperNet(encoder, len(dataset.classes), config.dropout)
+    shared = distributed.WORLD_SIZE > 1 and flags.device_type(config) == "cuda"
+    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if shared else model
 
 
 def build_detector(config, dataset):
@@ -621,7 +623,9 @@ def try_step(config, model, dataset, n):
     labels = torch.zeros(n, *of_pixels, dtype=torch.int64, device=config.device)
     if config.task == "detect":
         labels = n * [coco.whole(model.sizes.samples[1] // 4, config.img_size, config.device)]
-    norms = [module for module in model.modules() if isinstance(module, segmentation.BatchNorm)]
+    norms = [
+        module for module in model.modules() if isinstance(module, segmentation.BatchNorm | torch.nn.SyncBatchNorm)
+    ]
     for norm in norms:  # it would wait for other processes, which try other numbers, and remember black images
         norm.eval()
     with probes.autocast(config.device, config.dtype), torch.set_grad_enabled(learns(config)):

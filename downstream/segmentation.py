@@ -121,8 +121,8 @@ def resize(maps, size):
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-class BatchNorm(nn.SyncBatchNorm):
-    """With the mean and variance of what all processes see. PyTorch's own does so on GPUs alone.
+class BatchNorm(nn.BatchNorm2d):
+    """With the mean and variance of what all processes see at a time; on GPUs PyTorch's SyncBatchNorm takes its place.
 
     A single value has no variance: of one image at a time, what is pooled to one pixel is as in evaluation.
     """
@@ -130,7 +130,7 @@ class BatchNorm(nn.SyncBatchNorm):
     def forward(self, x):
         if x[:, 0].numel() * distributed.WORLD_SIZE == 1:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        if x.is_cuda or not self.training or distributed.WORLD_SIZE == 1:
+        if not self.training or distributed.WORLD_SIZE == 1:
             return super().forward(x)
         self.num_batches_tracked.add_(1)
         everyone = Everyone.apply(x).flatten(0, 1)
