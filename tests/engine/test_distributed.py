@@ -78,7 +78,7 @@ COMMANDS = {
 ONE = {name: name.removesuffix("-fsdp") for name in COMMANDS}
 TRAINED = ("supervised", "supervised-fsdp", "hpm", "hpm-fsdp", "mae", "mpp", "finetune", "linear", "segment")
 # Jump from one value to another when rounding decides between two classes or ranks.
-JUMPS = ("correlation", "test_correlation", "accuracy", "top1")
+JUMPS = ("correlation", "test_correlation", "accuracy", "top1", "miou", "pixel_accuracy")
 
 
 @pytest.fixture(scope="module")
