@@ -20,8 +20,23 @@ def markdown_of(path):
     return "\n".join("".join(cell["source"]) for cell in cells_of(path) if cell["cell_type"] == "markdown")
 
 
-def test_there_are_nine_in_reading_order():
-    assert [path.name[:3] for path in PATHS] == [f"0{i}_" for i in range(1, 10)]
+def test_their_numbers_are_the_reading_order():
+    assert [path.name[:3] for path in PATHS] == [f"{i:02}_" for i in range(1, len(PATHS) + 1)]
+
+
+@every_notebook
+def test_a_notebook_is_read_in_one_sitting(path):
+    """At most 1,500 words, code and formulas not counted, and 40 cells."""
+    words = re.sub(r"```.*?```|\$\$.*?\$\$|\$[^$\n]+\$|<[^>]+>", "", markdown_of(path), flags=re.DOTALL).split()
+    assert (len(words) <= 1500, len(cells_of(path)) <= 40) == (True, True), (len(words), len(cells_of(path)))
+
+
+@every_notebook
+def test_a_notebook_opens_with_the_picture_of_its_system(path):
+    """Drawn, and stored, by the first cell after that which looks for the checkout."""
+    opening = cells_of(path)[2]
+    assert re.search(r"^pictures\.(vit|autoencoder|hpm)\(", "".join(opening["source"]), flags=re.MULTILINE)
+    assert any("image/png" in output.get("data", ()) for output in opening["outputs"])
 
 
 @every_notebook
