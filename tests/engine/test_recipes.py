@@ -17,13 +17,14 @@ import data
 import hpm
 import train
 import vit
-from engine import distributed, image_folder, recipes, scenes, transfer
+from engine import coco, distributed, image_folder, recipes, scenes, transfer
 from related import resnet
 from tests.engine.runs import settings
 
 IMAGENET = 1_281_167  # training images of ImageNet-1k
 TRAINING_IMAGES = {"fashion-mnist": 60_000, "cifar10": 50_000, "cifar100": 50_000, "photos": 1024, "folder": IMAGENET,
                    "scenes": 20_000, "scenes-many": 20_000}  # fmt: skip
+COCO_IMAGES = 117_266  # of COCO's 118,287 training images, those with an object
 TRANSFER_IMAGES = {"imagenet-real": IMAGENET, "oxford-pets": 3680, "oxford-flowers": 2040, "vtab": 1000}
 
 # What a source does not mention is not done.
@@ -217,7 +218,7 @@ def data_sets(leave_no_trace, monkeypatch):
                 torch.arange(n) % 10,
                 *statistics,
             )
-            for n in ((TRAINING_IMAGES | TRANSFER_IMAGES)[name], 100)
+            for n in ((TRAINING_IMAGES | TRANSFER_IMAGES | dict(coco=COCO_IMAGES))[name], 100)
         ]
         return data.Dataset(name, list("abcdefghij"), *statistics, *splits)
 
@@ -227,6 +228,7 @@ def data_sets(leave_no_trace, monkeypatch):
     monkeypatch.setattr(scenes, "load", lambda folder, size, many: stand_in("scenes-many" if many else "scenes"))
     monkeypatch.setattr(image_folder, "load", lambda path: stand_in("folder"))
     monkeypatch.setattr(transfer, "load", lambda name, folder: stand_in(name.split(":")[0]))
+    monkeypatch.setattr(coco, "load", lambda path: stand_in("coco"))
 
 
 def compare(config, row, images):
@@ -269,6 +271,28 @@ def test_on_the_data_that_vit_transfers_to_every_default_is_the_papers(name, com
     compare(config, numbers, TRANSFER_IMAGES[name])
 
 
+# detectron2, projects/ViTDet/configs/COCO/mask_rcnn_vitdet_{b_100ep,l_100ep,h_75ep}.py: 1e-4 for a batch of 64, steps
+# at 8/9 and 26/27 of the run; configs/common/models/mask_rcnn_vitdet.py: windows of 14, stochastic depth of 0.1.
+VITDET = ADAMW | dict(epochs=100, batch_size=64, rate=4e-4, warmup=250, decay="steps", weight_decay=0.1, crop=None,
+                      layer_decay=0.7, drop_path=0.1, window=14, img_size=(1024, 1024))  # fmt: skip
+DETECT = [
+    ("coco", "--task detect", VITDET),
+    ("coco", "--task detect --arch vit_l16", VITDET | dict(layer_decay=0.8, drop_path=0.4)),
+    ("coco", "--task detect --arch vit_h14", VITDET | dict(
+        epochs=75, layer_decay=0.9, drop_path=0.5, img_size=(1008, 1008))),
+    ("scenes-many", "--task detect --arch vit_micro8", ADAMW | dict(
+        steps=1200, batch_size=16, rate=3e-3 * 16, warmup=0.05, weight_decay=0.05, crop=None, layer_decay=0.8,
+        window=0, img_size=(96, 96))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "command", "numbers"), DETECT, ids=[f"{row[0]} {row[1]}" for row in DETECT])
+def test_on_coco_every_default_is_vitdets(name, command, numbers, data_sets):
+    """And on scenes ours."""
+    config, _ = settings(command_of(command, "coco:some/path" if name == "coco" else name))
+    compare(config, numbers, COCO_IMAGES if name == "coco" else TRAINING_IMAGES[name])
+
+
 def command_of(task_and_flags, data_name):
     init = "--init x.pt" if any(task in task_and_flags for task in ("finetune", "linear", "knn", "fewshot")) else ""
     return f"{task_and_flags} --data {data_name} {init} --device cpu"
@@ -308,8 +332,9 @@ def test_every_task_and_every_data_set_has_a_row():
     """And only those: what has no row here has no source."""
     tasks = [(name, command.split()[1] if command else "supervised") for name, command, _ in OURS]
     tasks += [("folder", command.split()[1]) for _, command, _ in PAPERS]
-    names = {name.split(":")[0] for name in data.NAMES} - set(recipes.TRANSFER)  # which have a table of their own
-    assert set(tasks) == {(name, task) for name in names for task in train.TASKS}
+    # What has objects or masks, and what ViT transfers to, have tables of their own.
+    names = {name.split(":")[0] for name in data.NAMES} - {*recipes.TRANSFER, "segment", "ade20k", "coco"}
+    assert set(tasks) == {(name, task) for name in names for task in train.TASKS.keys() - set(recipes.DENSE)}
 
 
 @pytest.mark.equation("learning rate")
