@@ -20,10 +20,11 @@ from torch.nn import functional as F
 import data
 import train
 import vit
-from downstream import probes
+from downstream import probes, segmentation
 from engine import config as flags
 from engine import distributed, image_folder
 from tests.engine.runs import BLOCKS, MICRO, PLAIN, Enough, run, settings, small_photos, write_images
+from tests.engine.test_segmentation import write_pairs
 
 # ---------------------------------------------------------------------------------------------
 # What can be found out from the steps of a run: each takes (steps_of, command)
@@ -572,6 +573,18 @@ def runs_of_a_block(steps_of, command):
     return len(seen) / BLOCKS
 
 
+def tested_shapes(steps_of, command):
+    """Height and width of what is cut into windows."""
+    if not Path("pairs").exists():
+        write_pairs("pairs")
+    seen, slide = set(), segmentation.slide
+    config, dataset = settings(command)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segmentation, "slide", lambda *args: seen.add(tuple(args[1].shape[2:])) or slide(*args))
+        train.score_segmenter(config, train.build(config, dataset), dataset)
+    return seen
+
+
 def sharded(steps_of, command):
     """Whether parameters are asked to be sharded. With one process it is refused: that is among the mistakes."""
     seen = []
@@ -722,6 +735,10 @@ TABLE = {
     }, compiled),
     "--checkpointing": (MICRO, {"": 1, "--checkpointing": 2}, runs_of_a_block),
     "--fsdp": (MICRO, {"": [False], "--fsdp": [True]}, sharded),
+    "--inference": (f"{MICRO} --task segment --data segment:pairs --workers 0", {
+        "": {(16, 16), (16, 17), (16, 18)}, "--inference slide": {(16, 16), (16, 17), (16, 18)},
+        "--inference whole": {(16, 16)},
+    }, tested_shapes),
 }  # fmt: skip
 
 
@@ -745,29 +762,32 @@ def test_every_flag_has_a_row():
 # ---------------------------------------------------------------------------------------------
 
 TASKS = "supervised mpp mae hpm finetune linear knn fewshot predict".split()
-TRAINED = "supervised mpp mae hpm finetune linear"
+WHOLE = "supervised mpp mae hpm finetune linear"  # an image has one class, or none
+DENSE = "segment detect"
+TRAINED = f"{WHOLE} {DENSE}"
 DATA = f"{TRAINED} knn fewshot"
 CLASSIFY = "supervised finetune"
 # The flag and a value that is not its default; the tasks in which it does something, from the papers' and the tasks'
 # descriptions: L_pred's teacher is HPM's, labels are smoothed where there are labels, …
 USES = {
     "--arch vit_ti32": f"{DATA} predict", "--data photos": f"{DATA} predict", "--data-dir here": DATA,
-    "--labels 9": f"{TRAINED} knn", "--test-images 3": DATA, "--evaluations 2": TRAINED, "--deduplicate photos": DATA, "--init one.pt": f"{DATA} predict",
+    "--labels 9": f"{TRAINED} knn", "--test-images 3": DATA, "--evaluations 2": TRAINED, "--deduplicate photos": f"{WHOLE} knn fewshot", "--init one.pt": f"{DATA} predict",
     "--init-grid 4x4": f"{DATA} predict", "--images here": "predict", "--out here": f"{DATA} predict",
     "--overwrite": DATA, "--resume": DATA, "--img-size 24": f"{DATA} predict", "--epochs 0.2": TRAINED,
     "--steps 2": TRAINED, "--batch-size 6": TRAINED, "--micro-batch 2": f"{DATA} predict",
     "--optimizer": TRAINED, "--lr 0.05": TRAINED, "--warmup 3": TRAINED, "--decay linear": TRAINED,
-    "--polyak 0.5": CLASSIFY, "--layer-decay 0.3": CLASSIFY, "--weight-decay 0.4": TRAINED,
-    "--dropout 0.3": f"{CLASSIFY} mpp", "--drop-path 0.3": f"{CLASSIFY} mpp", "--smoothing 0.3": f"{CLASSIFY} linear",
+    "--polyak 0.5": CLASSIFY, "--layer-decay 0.3": f"{CLASSIFY} {DENSE}", "--weight-decay 0.4": TRAINED,
+    "--dropout 0.3": f"{CLASSIFY} mpp segment", "--drop-path 0.3": f"{CLASSIFY} mpp {DENSE}", "--smoothing 0.3": f"{CLASSIFY} linear",
     "--erasing 0.9": CLASSIFY, "--mixup 0.5": CLASSIFY, "--cutmix 0.5": CLASSIFY, "--randaugment 5": CLASSIFY,
     "--head mlp": "supervised", "--pool": f"{CLASSIFY} linear knn fewshot predict",
-    "--pos-embed none": f"{CLASSIFY} mpp linear knn fewshot predict",
+    "--pos-embed none": f"{CLASSIFY} mpp linear knn fewshot predict {DENSE}",
     "--gelu tanh": f"{DATA} predict", "--pixels half": f"{DATA} predict", "--mask-ratio 0.5": "mae hpm",
     "--mask grid": "mae hpm", "--alpha 1,1": "mae hpm", "--teacher in-turn": "hpm",
     "--predictor-loss absolute": "mae hpm", "--target norm-pixels": "mae hpm", "--target-weights other.pt": "mae hpm",
     "--seed 1": f"{DATA} predict", "--workers 1": f"{DATA} predict", "--device cpu": f"{DATA} predict",
-    "--dtype bfloat16": f"{DATA} predict", "--compile": TRAINED, "--no-compile": TRAINED,
-    "--checkpointing": "supervised finetune mpp mae hpm", "--fsdp": TRAINED,
+    "--dtype bfloat16": f"{DATA} predict", "--compile": f"{WHOLE} segment", "--no-compile": f"{WHOLE} segment",
+    "--checkpointing": f"supervised finetune mpp mae hpm {DENSE}", "--fsdp": WHOLE,
+    "--inference whole": "segment", "--window 2": "detect",
 }  # fmt: skip
 # What a flag needs beside it, or its value in that task.
 BESIDE = {
@@ -822,6 +842,7 @@ def test_a_flag_that_does_nothing_in_a_task_is_refused(task, resume, small, caps
     """In one line, which says where it does something; also of a run that goes on. Others are not."""
     saved = flags.saved_values(settings(f"{MICRO} --task hpm")[0]) | dict(task=task, init="one.pt")
     saved |= {} if task in TRAINED.split() else dict(lr=(0.0,), steps=0, warmup=0)
+    saved |= dict(data="scenes-many") if task in DENSE.split() else {}
     for flag, tasks in USES.items():
         given = flags.parse(
             f"--task {task} {flag} {BESIDE.get((flag, task)) or BESIDE.get((flag, 'any')) or ''}".split()
@@ -871,7 +892,7 @@ def trace(steps_of, command, monkeypatch):
 
 
 @pytest.mark.slow  # some 300 short runs
-@pytest.mark.parametrize("task", TASKS[:-1])
+@pytest.mark.parametrize("task", [task for task in TASKS[:-1] if task not in DENSE.split()])  # their own tests do
 def test_a_flag_that_is_accepted_in_a_task_changes_what_it_does(task, steps_of, monkeypatch):
     """What came in, what was computed from it, how it was scored: something is other than without the flag."""
     torch.manual_seed(0)
