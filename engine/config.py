@@ -107,7 +107,7 @@ class Config:
     task: str = flag("T", " | ".join(TASKS), str, TASKS)
     arch: str = flag("A", "vit_{ti,s,b,l,h}{8,14,16,32} | vit_micro4 | r50_vit_b16 … | resnet50 …; default vit_b16",
                      str, ARCHS)
-    data: str = flag("D", f"{' | '.join(data.NAMES)}; default photos")
+    data: str = flag("D", f"photos (default), {', '.join(data.NAMES[1:])}")
     data_dir: str | None = flag("DIR", "where data files are and go; default $VIT_DATA, else data/", path, None,
                                 WITH_DATA)
     labels: int | None = flag("N", "use N training images alone, the same number of each class", int, COUNT,
@@ -179,7 +179,7 @@ class Config:
     predictor_loss: str = flag("L", f"{' | '.join(hpm.PREDICTORS)}; default relative for hpm, none for mae", str,
                                hpm.PREDICTORS, AUTOENCODERS)
     target: str = flag("T", f"{' | '.join(hpm.TARGETS)}; default pixels", str, hpm.TARGETS, AUTOENCODERS)
-    target_weights: str | None = flag("PATH|URL", "of the frozen ViT for the targets dino and clip", path, None,
+    target_weights: str | None = flag("F", "of the frozen ViT for the targets dino and clip", path, None,
                                       AUTOENCODERS)
     seed: int = flag("SEED", "default 0", int,
                      Range(lambda v: 0 <= v < 2**63, "a whole number of at least 0, below 2^63"))
@@ -232,7 +232,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv):
     """The command line as a namespace with a value for each flag; None where it was not given."""
-    parser = Parser(description="Train Vision Transformers.", allow_abbrev=False, usage="train.py [--FLAG VALUE …]")
+    parser = Parser(allow_abbrev=False, usage="train.py [--FLAG VALUE …]")
     for field in FIELDS:
         how, name = field.metadata, shown(field.name)
         if how["read"] is bool:
@@ -593,7 +593,7 @@ def check_together(config):
         )
     if config.task == "detect" and not config.data.startswith(("scenes", "coco:")):
         raise ValueError(
-            f"--task detect needs the box of every object, which {config.data} does not have; use scenes-many, coco:PATH"
+            f"--task detect needs the boxes of objects, which {config.data} does not have; use scenes-many, coco:PATH"
         )
     if config.task not in ("detect", "predict") and config.data.startswith("coco:"):
         raise ValueError(f"--data {config.data} has objects, and no class for an image; it is for --task detect")

@@ -27,10 +27,12 @@ def section(name):
     module, runs = importlib.import_module(f"studies.{name}"), study.read(name)
     title, _, text = module.__doc__.partition("\n")
     lines = [f"## {title.rstrip('.')}", "", f"[`studies/{name}.py`](../studies/{name}.py)", text.strip(), ""]
+    planned = len(module.RUNS) * len(module.SEEDS)
+    if len(runs) < planned:
+        lines += [f"So far {len(runs)} of {planned} runs are done; `python -m studies.{name}` goes on.", ""]
     lines += ["| claim | the paper | here: difference | seeds | verdict |", "| --- | --- | --- | --- | --- |"]
     for claim in module.claims(runs):
-        mean, half = study.interval(claim.differences)
-        found = f"{mean:+.2f} ± {half:.2f} {claim.unit}"
+        found = f"{difference(claim.differences)} {claim.unit}"
         found += "" if claim.margin is None else f" (alike: within {claim.margin})"
         lines.append(f"| {claim.text} | {claim.paper} | {found} | {len(claim.differences)} | {study.verdict(claim)} |")
     lines += [
@@ -45,6 +47,13 @@ def section(name):
     return "\n".join(lines)
 
 
+def difference(values):
+    """Mean and half width of the interval, in words; of a single value there is none."""
+    if len(values) < 2:
+        return f"{values[0]:+.2f}" if len(values) else "none yet,"
+    return "{:+.2f} ± {:.2f}".format(*study.interval(values))
+
+
 def table(runs, columns):
     """Means and intervals of every arm: lines of Markdown. columns: {title: (stage, score)}."""
     lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
@@ -53,9 +62,9 @@ def table(runs, columns):
         for stage, name in columns.values():
             values = list(study.score(runs, arm, stage, name).values())
             mean, half = study.interval(values)
-            cells.append(
-                ("{:.3f} ± {:.3f}" if abs(mean) < 2 else "{:.1f} ± {:.1f}").format(mean, half) if values else ""
-            )
+            digits = 3 if abs(mean) < 2 else 1
+            spread = f" ± {half:.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{mean:.{digits}f}{spread}" if values else "")
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return lines
 

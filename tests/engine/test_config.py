@@ -26,7 +26,9 @@ def test_a_configuration_is_frozen_and_complete(small):
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.lr = (0.1,)
     missing = {field.name for field in flags.FIELDS if getattr(config, field.name) is None}
-    named = "data_dir labels deduplicate init init_grid images out epochs target_weights workers"
+    named = (
+        "data_dir labels test_images deduplicate init init_grid images out epochs evaluations target_weights workers"
+    )
     assert missing == set(named.split())
 
 

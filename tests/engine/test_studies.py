@@ -150,23 +150,22 @@ def test_a_run_that_was_killed_goes_on(made):
     assert "--resume" in made[1]
 
 
-def test_a_failed_run_is_told_with_its_last_words(made, monkeypatch):
-    failed = types.SimpleNamespace(returncode=2, stderr="error: there is no such data")
-    monkeypatch.setattr(study.subprocess, "run", lambda *a, **k: failed)
-    with pytest.raises(RuntimeError, match="there is no such data"):
-        study.complete(small_study(), "small")
-
-
 @pytest.mark.parametrize("name", page.names())
 def test_a_study_says_all_that_the_page_needs(name):
-    """Its source first, then runs, probes and seeds; claims have one difference for each seed, at least three."""
+    """Its source first, then runs, probes and seeds; of claims one difference for each seed, at least three in the end.
+
+    Before that, the page says how many of the runs are done.
+    """
     module = page.importlib.import_module(f"studies.{name}")
     assert module.__doc__
     runs = study.read(name)
-    assert {run["arm"] for run in runs} == set(module.RUNS)
+    done = {(run["arm"], run["seed"]) for run in runs}
+    planned = {(arm, seed) for arm in module.RUNS for seed in module.SEEDS}
+    assert done <= planned
+    assert (f"{len(done)} of {len(planned)} runs" in page.section(name)) == (done < planned)
     assert all(run["flags"] == module.RUNS[run["arm"]] for run in runs), "results of other flags; run the study again"
     for told in module.claims(runs):
-        assert len(told.differences) >= 3, told.text
+        assert done < planned or len(told.differences) >= 3, told.text
     assert (study.RESULTS / f"{name}.png").exists()
 
 
