@@ -440,3 +440,11 @@ def test_the_step_that_memory_is_measured_with_has_work_for_every_region(tiny):
     train.try_step(config, model, dataset, 2)
     assert seen == [(2, model.sizes.samples[1] // 4)]
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("step", "rate"), [(124, 0.5), (250, 1), (163_888, 1), (163_889, 0.1), (177_546, 0.1), (177_547, 0.01)]
+)
+def test_the_learning_rate_falls_in_vitdets_two_steps(step, rate):
+    """Of its 184,375 steps at 163,889 and 177,546, warm-up over 250 (mask_rcnn_vitdet_b_100ep.py)."""
+    assert train.learning_rate(step, 184_375, 1.0, 250, "steps") == pytest.approx(rate)
