@@ -52,7 +52,9 @@ def page(function, *lines):
         ground = "#FFE3B8" if marked else "transparent"
         rows.append(f'<span style="background: {ground}">{"▶ " if marked else "  "}{line}</span>')
     name = html.escape(f"{function.__module__}.py: {function.__qualname__}")
-    style = "line-height: 1.35; overflow-x: auto; color: #222; background: #F8F8F8; padding: 0.6em; font-size: 90%"
+    style = (
+        "font: 90%/1.35 monospace; white-space: pre; overflow-x: auto; color: #222; background: #F8F8F8; padding: 0.6em"
+    )
     return f'<div style="color: #666; font-size: 85%">{name}</div><pre style="{style}">{chr(10).join(rows)}</pre>'
 
 
