@@ -24,6 +24,7 @@ from downstream import probes, segmentation
 from engine import config as flags
 from engine import distributed, image_folder
 from tests.engine.runs import BLOCKS, MICRO, PLAIN, Enough, run, settings, small_photos, write_images
+from tests.engine.test_coco import write_coco
 from tests.engine.test_segmentation import write_pairs
 
 # ---------------------------------------------------------------------------------------------
@@ -83,7 +84,7 @@ def labels_of_each_class(steps_of, command):
     return sorted(first(steps_of, command).dataset.train.labels.bincount().tolist())
 
 
-def test_images_of_each_class(steps_of, command):
+def scored_images_of_each_class(steps_of, command):
     """Which test images there are: of each class as many; the same ones with any seed."""
     splits = [settings(f"{command} --seed {seed}")[1].test for seed in (0, 1)]
     assert torch.equal(splits[0].images, splits[1].images)
@@ -573,7 +574,7 @@ def runs_of_a_block(steps_of, command):
     return len(seen) / BLOCKS
 
 
-def tested_shapes(steps_of, command):
+def shapes_in_windows(steps_of, command):
     """Height and width of what is cut into windows."""
     if not Path("pairs").exists():
         write_pairs("pairs")
@@ -582,6 +583,19 @@ def tested_shapes(steps_of, command):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(segmentation, "slide", lambda *args: seen.add(tuple(args[1].shape[2:])) or slide(*args))
         train.score_segmenter(config, train.build(config, dataset), dataset)
+    return seen
+
+
+def tokens_that_see_each_other(steps_of, command):
+    """Of a detector with 12 blocks on 8 x 8 patches: how many there are in an attention."""
+    if not Path("coco").exists():
+        write_coco(Path("coco"))
+    seen, attend = set(), F.scaled_dot_product_attention
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(vit.ARCHS, "vit_micro4", vit.ARCHS["vit_micro4"] | {"depth": 12})
+        encoder = train.build(*settings(command)).encoder
+        patch.setattr(F, "scaled_dot_product_attention", lambda q, *args: seen.add(q.shape[-2]) or attend(q, *args))
+        encoder.encode(torch.zeros(1, 3, 32, 32))
     return seen
 
 
@@ -629,7 +643,7 @@ TABLE = {
         "--data-dir here": "here/fashion-mnist", "--data-dir there": "there/fashion-mnist",
     }, folder_of_data),
     "--labels": (MICRO, {"": [8, 8, 8], "--labels 9": [3, 3, 3], "--labels 4": [1, 1, 2]}, labels_of_each_class),
-    "--test-images": (MICRO, {"": [3, 3, 4], "--test-images 3": [1, 1, 1]}, test_images_of_each_class),
+    "--test-images": (MICRO, {"": [3, 3, 4], "--test-images 3": [1, 1, 1]}, scored_images_of_each_class),
     "--deduplicate": (MICRO, {
         "": [], "--deduplicate photos": [3, 5], "--deduplicate folder:other": [1],
     }, dropped),
@@ -735,10 +749,13 @@ TABLE = {
     }, compiled),
     "--checkpointing": (MICRO, {"": 1, "--checkpointing": 2}, runs_of_a_block),
     "--fsdp": (MICRO, {"": [False], "--fsdp": [True]}, sharded),
+    "--window": ("--arch vit_micro4 --img-size 32 --task detect --data coco:coco --workers 0", {
+        "--window 0": {64}, "--window 4": {16, 64}, "": {14 * 14, 64},
+    }, tokens_that_see_each_other),
     "--inference": (f"{MICRO} --task segment --data segment:pairs --workers 0", {
         "": {(16, 16), (16, 17), (16, 18)}, "--inference slide": {(16, 16), (16, 17), (16, 18)},
         "--inference whole": {(16, 16)},
-    }, tested_shapes),
+    }, shapes_in_windows),
 }  # fmt: skip
 
 
@@ -761,7 +778,7 @@ def test_every_flag_has_a_row():
 # In which task a flag does something
 # ---------------------------------------------------------------------------------------------
 
-TASKS = "supervised mpp mae hpm finetune linear knn fewshot predict".split()
+TASKS = "supervised mpp mae hpm finetune linear knn fewshot segment detect predict".split()
 WHOLE = "supervised mpp mae hpm finetune linear"  # an image has one class, or none
 DENSE = "segment detect"
 TRAINED = f"{WHOLE} {DENSE}"
@@ -771,13 +788,15 @@ CLASSIFY = "supervised finetune"
 # descriptions: L_pred's teacher is HPM's, labels are smoothed where there are labels, …
 USES = {
     "--arch vit_ti32": f"{DATA} predict", "--data photos": f"{DATA} predict", "--data-dir here": DATA,
-    "--labels 9": f"{TRAINED} knn", "--test-images 3": DATA, "--evaluations 2": TRAINED, "--deduplicate photos": f"{WHOLE} knn fewshot", "--init one.pt": f"{DATA} predict",
+    "--labels 9": f"{TRAINED} knn", "--test-images 3": DATA, "--evaluations 2": TRAINED,
+    "--deduplicate photos": f"{WHOLE} knn fewshot", "--init one.pt": f"{DATA} predict",
     "--init-grid 4x4": f"{DATA} predict", "--images here": "predict", "--out here": f"{DATA} predict",
     "--overwrite": DATA, "--resume": DATA, "--img-size 24": f"{DATA} predict", "--epochs 0.2": TRAINED,
     "--steps 2": TRAINED, "--batch-size 6": TRAINED, "--micro-batch 2": f"{DATA} predict",
     "--optimizer": TRAINED, "--lr 0.05": TRAINED, "--warmup 3": TRAINED, "--decay linear": TRAINED,
     "--polyak 0.5": CLASSIFY, "--layer-decay 0.3": f"{CLASSIFY} {DENSE}", "--weight-decay 0.4": TRAINED,
-    "--dropout 0.3": f"{CLASSIFY} mpp segment", "--drop-path 0.3": f"{CLASSIFY} mpp {DENSE}", "--smoothing 0.3": f"{CLASSIFY} linear",
+    "--dropout 0.3": f"{CLASSIFY} mpp segment", "--drop-path 0.3": f"{CLASSIFY} mpp {DENSE}",
+    "--smoothing 0.3": f"{CLASSIFY} linear",
     "--erasing 0.9": CLASSIFY, "--mixup 0.5": CLASSIFY, "--cutmix 0.5": CLASSIFY, "--randaugment 5": CLASSIFY,
     "--head mlp": "supervised", "--pool": f"{CLASSIFY} linear knn fewshot predict",
     "--pos-embed none": f"{CLASSIFY} mpp linear knn fewshot predict {DENSE}",
@@ -808,7 +827,9 @@ SHOWN_ELSEWHERE = {
     "--out": "where the run is", "--overwrite": "what was there", "--resume": "where it starts",
     "--device": "there is one here", "--fsdp": "there is one process", "--data-dir": "where the files are",
     "--workers": "which process decodes", "--init-grid": "for files that do not say it", "--no-compile": "the default",
-    "--test-images": "what is scored", "--evaluations": "when it is scored", "--data": "its own row", "--arch": "its own row", "--deduplicate": "there are none",
+    "--test-images": "what is scored",
+    "--evaluations": "when it is scored", "--data": "its own row", "--arch": "its own row",
+    "--deduplicate": "there are none",
 }  # fmt: skip
 
 
