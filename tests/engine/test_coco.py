@@ -155,7 +155,7 @@ def test_damaged_annotations_are_answered_in_one_line(content, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("--data photos", "needs the box of every object"),
+        ("--data photos", "needs the boxes of objects"),
         ("--arch resnet50", "is built on a Transformer"),
         ("--lr 0.1,0.2", "several --lr"),
         ("--pool mean", "--pool does nothing in --task detect"),

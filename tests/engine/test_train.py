@@ -972,7 +972,7 @@ def test_a_run_folder_says_what_was_run_how_it_went_and_what_came_out(command, s
 
     config = json.loads(Path("run/config.json").read_text())
     assert (config["arch"], config["img_size"], config["steps"], config["seed"]) == ("vit_micro4", [16, 16], 3, 0)
-    newer = {"init_grid", "images", "workers", "teacher"}
+    newer = {"init_grid", "images", "workers", "teacher", "test_images", "evaluations", "head", "window", "inference"}
     assert config.keys() == (OLD_CONFIG.keys() | newer) - {"out", "overwrite", "resume"}
     lines = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
