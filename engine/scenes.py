@@ -12,7 +12,8 @@ photographs that training never sees, and are the same in every run.
 One thread of a processor that had other work, too, made 7,600 to 8,200 scenes a second, 2,400 of scenes-many. An item
 covers 12 of the 64 patches of 8 x 8 by a quarter and more (3 to 30). They differ from the mean colour of their scene
 more than the others do with an area under the ROC curve of 0.80: so they are harder to reconstruct, by 0.78 after as
-little as 40 steps of 128.
+little as 40 steps of 128. Most items reach across the middle, so place says much: how often each patch is covered,
+whatever the scene, finds those of the item with 0.85 (1,000 test scenes).
 """
 
 import functools

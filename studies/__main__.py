@@ -32,7 +32,7 @@ def section(name):
         lines += [f"So far {len(runs)} of {planned} runs are done; `python -m studies.{name}` goes on.", ""]
     lines += ["| claim | the paper | here: difference | seeds | verdict |", "| --- | --- | --- | --- | --- |"]
     for claim in module.claims(runs):
-        found = f"{difference(claim.differences)} {claim.unit}"
+        found = f"{difference(claim.differences)} {claim.unit}" if len(claim.differences) else "none yet"
         found += "" if claim.margin is None else f" (alike: within {claim.margin})"
         lines.append(f"| {claim.text} | {claim.paper} | {found} | {len(claim.differences)} | {study.verdict(claim)} |")
     lines += [
@@ -50,7 +50,7 @@ def section(name):
 def difference(values):
     """Mean and half width of the interval, in words; of a single value there is none."""
     if len(values) < 2:
-        return f"{values[0]:+.2f}" if len(values) else "none yet,"
+        return f"{values[0]:+.2f}"
     return "{:+.2f} ± {:.2f}".format(*study.interval(values))
 
 
