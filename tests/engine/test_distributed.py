@@ -238,7 +238,7 @@ def test_the_first_process_speaks_and_writes_for_all(runs):
     """One description and one result of each command; the folder holds what that of one process holds."""
     folder, out, _ = runs
     assert out.count("reached") == len(COMMANDS) + 1
-    assert out.count("on 2 processes") == out.count("parameters, on photos") + 1 == len(COMMANDS) + 2
+    assert out.count("on 2 processes") == out.count("parameters, on ") == len(COMMANDS) + 2
     for name in COMMANDS:
         one, two = ({path.name for path in (folder / where).iterdir()} for where in (ONE[name], f"{name}-2"))
         assert one == two
