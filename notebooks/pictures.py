@@ -4,16 +4,20 @@
     autoencoder(lit=…)  MAE's asymmetric autoencoder
     hpm(lit=…)          one step of HPM: student and teacher, and which way gradients go
     source(function, *lines)    a function's code, the lines of an equation marked
+    slide(draw, **sliders)      what a function draws or prints, for the values of sliders
 
 lit: the name of a part, or several, to be drawn in colour. Shapes stand on the arrows: B images, N patches of P x P
 pixels and C channels, D the encoder's width, k heads; n patches are hidden, v are visible, d is the decoders' width.
 A number in a circle is the equation of the ViT paper that acts there. Importing this module sets matplotlib's style.
 """
 
+import contextlib
 import html
 import inspect
+import io
 import textwrap
 
+import ipywidgets
 import numpy as np
 from IPython.display import HTML, display
 from matplotlib import pyplot as plt
@@ -31,6 +35,44 @@ plt.rcParams.update({
     "figure.constrained_layout.use": True, "figure.dpi": 90, "axes.spines.top": False, "axes.spines.right": False,
     "legend.frameon": False, "image.cmap": "viridis",
 })  # fmt: skip
+
+
+# --- Something to move -----------------------------------------------------------------------
+
+
+def slide(draw, **sliders):
+    """Sliders, and below them what draw(name=value, …) leaves: its pyplot figure, or else what it prints.
+
+    sliders: widgets, or (from, to), (from, to, step), lists of choices; they start at draw's own defaults. Unlike
+    ipywidgets.interact it needs no Output widget, for which a notebook that is executed by nbconvert may wait forever.
+    """
+    own = {name: parameter.default for name, parameter in inspect.signature(draw).parameters.items()}
+    sliders = {
+        name: given
+        if isinstance(given, ipywidgets.Widget)
+        else ipywidgets.interactive.widget_from_abbrev(given, own[name])
+        for name, given in sliders.items()
+    }
+    picture, text = ipywidgets.Image(format="png"), ipywidgets.HTML()
+
+    def redraw(_=None):
+        show, plt.show, said = plt.show, lambda: None, io.StringIO()
+        try:
+            with contextlib.redirect_stdout(said):
+                draw(**{name: slider.value for name, slider in sliders.items()})
+        finally:
+            plt.show = show
+        if plt.get_fignums():
+            buffer = io.BytesIO()
+            plt.gcf().savefig(buffer, format="png")
+            plt.close("all")
+            picture.value = buffer.getvalue()
+        text.value = f"<pre>{html.escape(said.getvalue())}</pre>"
+
+    for slider in sliders.values():
+        slider.observe(redraw, "value")
+    redraw()
+    display(ipywidgets.VBox([*sliders.values(), picture, text]))
 
 
 # --- Source code -----------------------------------------------------------------------------
