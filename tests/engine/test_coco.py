@@ -358,6 +358,7 @@ def tiny(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_a_run_is_scored_drawn_and_told(tiny, monkeypatch, capsys):
     monkeypatch.setattr(coco, "SHOWN", 2)  # of the test images: the rest takes its time
     assert run(f"{tiny} --evaluations 1 --micro-batch 2 --out run") == 0

@@ -27,9 +27,8 @@ def test_every_model_is_stored_and_small():
     assert max(sizes.values()) <= 1.5e6
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if "hpm" in name else ()) for name in checkpoints.MODELS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", checkpoints.MODELS)
 def test_a_stored_model_reaches_its_score(name):
     """On the same 1,000 test images as at the end of its training: within a point, or a hundredth of a share."""
     if not (FOLDER / "fashion-mnist").exists():

@@ -174,6 +174,7 @@ def test_the_page_says_what_the_results_say():
     assert page.PAGE.read_text() == page.page(), "run python -m studies"
 
 
+@pytest.mark.slow
 def test_what_the_asymmetric_encoder_saves_is_what_the_studys_text_says():
     """Products of matrices alone, 2 operations a multiplication: of 1 + 196 tokens the encoder sees 1 + 49."""
 
