@@ -235,6 +235,16 @@ def dots(runs, shown, figure=None):
     return figure
 
 
+def line(axes, places, scores, colour, label):
+    """A line through the means of scores, a list for each of the places, and a dot for each seed."""
+    for place, values in zip(places, scores, strict=True):
+        axes.plot([place] * len(values), values, "o", color=colour, alpha=0.5, markersize=4)
+    axes.plot(places, [np.mean(values) for values in scores], color=colour, label=label)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+
+
 def curves(runs, shown, figure):
     """A panel for each of shown = {title: name in log.jsonl} on a figure: of each arm that has it, the mean over the
     seeds against the step, and their range as a band."""

@@ -65,14 +65,8 @@ def figure(runs):
     axes = figure.subplots()
     for family, colour in zip(FAMILIES, ("#0072B2", "#009E73", "#D55E00"), strict=True):
         scores = [list(study.score(runs, f"{family}, {steps} steps", "train", "top1").values()) for steps in STEPS]
-        budgets = [budget(family, steps) for steps in STEPS]
-        for x, values in zip(budgets, scores, strict=True):
-            axes.plot([x] * len(values), values, "o", color=colour, alpha=0.5, markersize=4)
-        axes.plot(budgets, [np.mean(values) for values in scores], color=colour, label=family)
+        study.line(axes, [budget(family, steps) for steps in STEPS], scores, colour, family)
     axes.set(xscale="log", xlabel="operations of the training steps", ylabel="top-1 (%)")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
     return figure
 
 

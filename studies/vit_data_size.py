@@ -55,14 +55,9 @@ def figure(runs):
     axes = figure.subplots()
     for family, colour in (("ViT", "#0072B2"), ("ResNet", "#D55E00")):
         scores = [list(study.score(runs, f"{family}, {n:,} labels", "train", "top1").values()) for n in LABELS]
-        for n, values in zip(LABELS, scores, strict=True):
-            axes.plot([n] * len(values), values, "o", color=colour, alpha=0.5, markersize=4)
-        axes.plot(LABELS, [study.np.mean(values) for values in scores], color=colour, label=family)
+        study.line(axes, LABELS, scores, colour, family)
     axes.set(xscale="log", xlabel="labels", ylabel="top-1 (%)", xticks=LABELS, xticklabels=[f"{n:,}" for n in LABELS])
     axes.minorticks_off()
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
     return figure
 
 

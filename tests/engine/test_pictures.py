@@ -69,3 +69,24 @@ def test_a_page_of_code_is_the_source_with_the_lines_of_an_equation_marked():
     ]
     with pytest.raises(ValueError, match="Block.forward has no line with 'eq. 9'"):
         pictures.page(vit.Block.forward, "eq. 9")
+
+
+def test_a_slider_redraws_what_a_function_draws_or_prints(monkeypatch):
+    """It starts at the function's own value; no Output widget, for which an executed notebook may wait forever."""
+    shown = []
+    monkeypatch.setattr(pictures, "display", shown.append)
+
+    def draw(n=3):
+        print("n is", n)
+        if n > 3:
+            pictures.plt.plot([0, n])
+            pictures.plt.show()
+
+    pictures.slide(draw, n=(1, 5))
+    slider, picture, text = shown[0].children
+    assert (slider.value, bytes(picture.value), text.value) == (3, b"", "<pre>n is 3\n</pre>")
+    slider.value = 5
+    assert bytes(picture.value).startswith(b"\x89PNG")
+    assert text.value == "<pre>n is 5\n</pre>"
+    assert not pictures.plt.get_fignums()
+    assert "Output" not in {type(child).__name__ for child in shown[0].children}
