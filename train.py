@@ -657,8 +657,8 @@ def run(config, dataset, model, out, checkpoint, origin, params):
             distributed.print0(ending.how_to_go_on(out))
             return 128 + stopped
         last = distributed.from_rank0(lambda: run_folder.last_line(out))
-        names = "top1", "top5", "real_top1", "test_rec", "test_correlation", "test_object_auc", "test_hard_ratio"
-        names += "miou", "pixel_accuracy", *coco.SCORES
+        names = "top1", "top5", "real_top1", "test_rec", "test_correlation", "test_object_auc"
+        names += "test_object_auc_at_place", "test_hard_ratio", "miou", "pixel_accuracy", *coco.SCORES
         scores = {name: last[name] for name in names if name in last}
         seconds = last["seconds"]
     if distributed.RANK == 0:

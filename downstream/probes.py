@@ -77,9 +77,12 @@ def evaluate_pretraining(model, split, img_size, batch_size, device, dtype="floa
     test_rec          the reconstruction loss
     test_correlation  Spearman's, of predicted and true loss, if the model predicts it
     test_object_auc   how well the teacher's prediction finds the object, see `object_auc`
+    test_object_auc_at_place
+                      how well it tells, of one and the same place, in which images the object is there: 0.5 for a map
+                      that is the same for all images, however good its guess where objects usually are
     test_hard_ratio   the reconstruction loss when HARD of the hidden patches are the teacher's choice, over test_rec
 
-    The last two if there is a teacher that predicts losses, and the split knows its objects. Whatever masks the model
+    The last three if there is a teacher that predicts losses, and the split knows its objects. Whatever masks the model
     trains with, here they are random: a function of the seed and the image alone, so that runs of any length and kind
     are compared on the same ones.
     """
@@ -91,6 +94,7 @@ def evaluate_pretraining(model, split, img_size, batch_size, device, dtype="floa
     batches = test_batches(model, split, img_size, batch_size, device, **({"objects": True} if asks else {}))
     sums = torch.zeros(3, device=device)  # images, rec, correlation
     found = torch.zeros(3, device=device)  # images with an object, AUC; rec with hard masks
+    maps, counts = [], []  # what is predicted, less its mean, and where objects are: (b, 2, N); labels (b,)
     for (images, labels, *objects), rows in zip(batches, noise, strict=False):
         rows, count = data.to_device(rows, device), (labels >= 0).sum()  # (b, N), or (b, N, columns)
         first = rows[..., 0] if columns > 1 else rows
@@ -102,13 +106,23 @@ def evaluate_pretraining(model, split, img_size, batch_size, device, dtype="floa
             if asks:
                 predicted = out["teacher_loss"].float()  # (b, N)
                 hard = model(images, None, mask=hpm.hard_mask(predicted, first, model.mask_ratio, HARD))
-                auc = object_auc(predicted, patches_with_objects(*objects, model.student.encoder.patch_size))
-                auc = auc.where(labels >= 0, math.nan)  # (b,)
+                covered = patches_with_objects(*objects, model.student.encoder.patch_size)  # (b, N)
+                auc = object_auc(predicted, covered).where(labels >= 0, math.nan)  # (b,)
+                # The relative loss leaves open what is added to all patches of an image: compare without its mean.
+                maps.append(torch.stack([predicted - predicted.mean(dim=1, keepdim=True), covered], dim=1))
+                counts.append(labels)
                 found += torch.stack([auc.isfinite().sum(), auc.nansum(), count * hard["rec"]])
         sums += count * torch.stack([torch.ones_like(out["rec"]), out["rec"], out.get("correlation", out["rec"])])
     n, rec, correlation, seen, auc, hard = distributed.all_reduce_sum(torch.cat([sums, found])).tolist()
     scores = {"test_rec": rec / n} | ({"test_correlation": correlation / n} if "correlation" in out else {})
-    return scores | ({"test_object_auc": auc / seen, "test_hard_ratio": hard / rec} if asks else {})
+    if not asks:
+        return scores
+    maps, _ = together(torch.cat(maps), torch.cat(counts), split)
+    predicted, covered = maps.permute(1, 2, 0)  # (N, images) each
+    at_place = object_auc(predicted, covered > 0).nanmean().item()
+    return scores | {
+        "test_object_auc": auc / seen, "test_object_auc_at_place": at_place, "test_hard_ratio": hard / rec
+    }  # fmt: skip
 
 
 def patches_with_objects(objects, patch_size):
@@ -121,11 +135,15 @@ def object_auc(predicted, covered):
     """The area under the ROC curve of a predicted loss as a detector of objects: (b, N), (b, N) bool -> (b,).
 
     That is how often a patch with the object has the larger prediction than one without; 0.5 is chance, equal ones
-    count as half. NaN for an image in which all patches are alike.
+    count as half. NaN for an image in which all patches are alike. It is counted from ranks (Mann and Whitney): those
+    of the p patches with the object add up to p (p + 1) / 2, and one more for each of the p (N - p) pairs won.
     """
-    pairs = covered[:, :, None] & ~covered[:, None, :]  # (b, N, N)
-    wins = (1 + (predicted[:, :, None] - predicted[:, None, :]).sign()) / 2
-    return (wins * pairs).sum(dim=(1, 2)) / pairs.sum(dim=(1, 2))
+    predicted = predicted.contiguous()
+    ordered = predicted.sort(dim=1).values
+    below, up_to = (torch.searchsorted(ordered, predicted, right=right) for right in (False, True))  # (b, N)
+    p = covered.sum(dim=1)
+    twice = ((below + up_to + 1) * covered).sum(dim=1) - p * (p + 1)  # equal values have the mean of their ranks
+    return twice / (2 * p * (covered.shape[1] - p))
 
 
 @contextlib.contextmanager
@@ -170,6 +188,16 @@ def share_unreadable(split):
         split.skip(unreadable)
 
 
+def together(values, labels, split):
+    """What all processes have of the images that count, in the order of the split: values (n, …), labels (n,)."""
+    # As many on each process: one image more that does not count, or less of those that came once more.
+    missing = math.ceil(len(split) / distributed.WORLD_SIZE) - len(labels)
+    labels = F.pad(labels, (0, missing), value=-1)
+    values = F.pad(values, (0, 0) * (values.ndim - 1) + (0, missing))
+    values, labels = (distributed.all_gather(v).transpose(0, 1).flatten(0, 1) for v in (values, labels))
+    return values[labels >= 0], labels[labels >= 0]
+
+
 # ---------------------------------------------------------------------------------------------
 # Frozen features
 # ---------------------------------------------------------------------------------------------
@@ -186,12 +214,7 @@ def extract(model, split, img_size, batch_size, device, dtype="float32"):
         with autocast(device, dtype):
             features.append(model(images).float())
         labels.append(targets)
-    features, labels = torch.cat(features), torch.cat(labels)
-    # As many on each process: one image more that does not count, or less of those that came once more.
-    missing = math.ceil(len(split) / distributed.WORLD_SIZE) - len(labels)
-    features, labels = F.pad(features, (0, 0, 0, missing)), F.pad(labels, (0, missing), value=-1)
-    features, labels = (distributed.all_gather(v).transpose(0, 1).flatten(0, 1) for v in (features, labels))
-    return features[labels >= 0], labels[labels >= 0]
+    return together(torch.cat(features), torch.cat(labels), split)
 
 
 @torch.inference_mode()

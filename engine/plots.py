@@ -23,7 +23,10 @@ CURVES = {  # axis: what is drawn there, training first
         ("correlation", "training"),
         ("test_correlation", "test, random masks"),
     ),
-    "object AUC of the teacher (chance 0.5, place alone 0.85 on scenes)": (("test_object_auc", "test"),),
+    "object AUC of the teacher (chance 0.5)": (
+        ("test_object_auc", "in an image: place alone has 0.85 on scenes"),
+        ("test_object_auc_at_place", "at a place: place alone has 0.5"),
+    ),
     "loss under hard masks / random masks": (("test_hard_ratio", "test"),),
 }
 COLORS = ("#0072B2", "#D55E00")  # told apart by the colour-blind, too

@@ -64,6 +64,7 @@ def finish(config, dataset, out, scores, seconds, params):
         "test_rec": "a reconstruction loss of {:.4f} on test images",
         "test_correlation": "a rank correlation of {:.2f} between predicted and true loss",
         "test_object_auc": "an area of {:.2f} under the ROC curve of the teacher's map for the item's patches",
+        "test_object_auc_at_place": "{:.2f} of its maps of different scenes at the same place",
         "test_hard_ratio": "{:.2f} times the loss under the teacher's masks",
     }
     reached = ", ".join(text.format(scores[name]) for name, text in words.items() if name in scores)

@@ -70,12 +70,15 @@ def test_curves_of_pre_training_show_what_it_logs(tmp_path, figures):
 def test_curves_show_what_the_teacher_knows_of_objects(tmp_path, figures):
     """Two more panels, where the data knows its objects."""
     line = {"rec": 1.0, "correlation": 0.2, "test_rec": 2.0, "test_correlation": 0.0}
-    scored = line | {"test_object_auc": 0.8, "test_hard_ratio": 1.2}
+    scored = line | {"test_object_auc": 0.8, "test_object_auc_at_place": 0.7, "test_hard_ratio": 1.2}
     write_log(tmp_path, [{"step": 1} | scored, {"step": 2} | scored, {"step": 3} | line])
     plots.plot_curves(tmp_path)
     shown = drawn(figures[0][0])
     assert [lines for _, lines in shown][2:] == [
-        [("test", [[1, 0.8], [2, 0.8]])],
+        [
+            ("in an image: place alone has 0.85 on scenes", [[1, 0.8], [2, 0.8]]),
+            ("at a place: place alone has 0.5", [[1, 0.7], [2, 0.7]]),
+        ],
         [("test", [[1, 1.2], [2, 1.2]])],
     ]
     assert [title.split()[0] for title, _ in shown] == ["reconstruction", "rank", "object", "loss"]

@@ -236,7 +236,7 @@ def test_where_objects_are_known_the_teacher_is_scored_by_them(teacher, batch_si
     split.items[4] = 0  # nothing to find there: it counts for the losses alone
     scores = probes.evaluate_pretraining(model, split, (24, 24), batch_size, "cpu", seed=5)
     noise = data.evaluation_noise(7, 36, 5, columns=2)
-    model, rec, hard, auc = model.double().eval(), [], [], []
+    model, rec, hard, auc, maps, items = model.double().eval(), [], [], [], [], []
     images, _, objects = next(split.test_batches((24, 24), 7, "cpu", objects=True))
     for i, image in enumerate(images.double().split(1)):
         asked, first = noise[i : i + 1] if teacher == "in-turn" else None, noise[i : i + 1, :, 0]
@@ -251,10 +251,34 @@ def test_where_objects_are_known_the_teacher_is_scored_by_them(teacher, batch_si
             hard.append(model(image, None, mask=mask)["rec"].item())
         covered = objects.masks[i, 0].reshape(6, 4, 6, 4).double().mean(dim=(1, 3)).flatten() >= 0.25
         auc.append(auc_loops(predicted[0].tolist(), covered.tolist()))
-    assert scores.keys() == {"test_rec", "test_correlation", "test_object_auc", "test_hard_ratio"}
+        maps.append([(p - predicted[0].mean()).item() for p in predicted[0]])
+        items.append(covered.tolist())
+    at_place = [auc_loops(*place) for place in zip(zip(*maps, strict=True), zip(*items, strict=True), strict=True)]
+    assert scores.keys() == {
+        "test_rec", "test_correlation", "test_object_auc", "test_object_auc_at_place", "test_hard_ratio"
+    }  # fmt: skip
     assert scores["test_rec"] == pytest.approx(np.mean(rec), rel=1e-5)
     assert scores["test_hard_ratio"] == pytest.approx(np.mean(hard) / np.mean(rec), rel=1e-5)
     assert scores["test_object_auc"] == pytest.approx(np.nanmean(auc), abs=1e-5)
+    assert scores["test_object_auc_at_place"] == pytest.approx(np.nanmean(at_place), abs=1e-5)
+
+
+def test_at_a_place_a_map_that_is_the_same_for_all_scenes_finds_nothing():
+    """It has 0.5 there, however much it says of where objects usually are; one that sees the object has 1."""
+
+    class Knows(hpm.HPM):
+        def ask_teacher(self, images, noise=None):
+            n = len(images)
+            place = torch.arange(36.0).expand(n, -1)
+            return (self.truth[:n].float() if self.sees else place + torch.arange(n)[:, None] * 0.5), None
+
+    split = scenes_of(7)
+    _, _, objects = next(split.test_batches((24, 24), 7, "cpu", objects=True))
+    model = hpm.create("vit_micro4", 24, decoder=(32, 1, 2))
+    model.__class__, model.truth = Knows, probes.patches_with_objects(objects, 4)
+    for model.sees, expected in ((False, 0.5), (True, 1.0)):
+        scores = probes.evaluate_pretraining(model, split, (24, 24), 7, "cpu")
+        assert scores["test_object_auc_at_place"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_masks_of_all_teachers_are_compared_with_the_same_random_ones():
