@@ -130,8 +130,8 @@ def train(told, folder, jobs=1):
     """
     result = folder / "result.json"
     if not result.exists():
-        if "--device" in told and "knn" not in told:  # to compile these small models takes longer than to train them
-            told = [*told, "--no-compile"]
+        if "--device" in told and not {"knn", "detect"} & set(told):  # those are never compiled
+            told = [*told, "--no-compile"]  # for these small models it takes longer than their training
         program, told = (told[:2], told[2:]) if told[0] == "-m" else (["train.py"], told)
         told = ["--resume"] if (folder / "last.pt").exists() else [*told, "--overwrite"]
         command = [sys.executable, *program, *told, "--out", str(folder)]

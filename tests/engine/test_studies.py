@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import hpm
+from engine import config
 from studies import __main__ as page
 from studies import mae_masks, oracle, study
 
@@ -148,6 +149,19 @@ def test_a_run_that_was_killed_goes_on(made):
     next(study.FOLDERS.iterdir()).joinpath("result.json").unlink()
     study.make("a", flags, seed, {})
     assert "--resume" in made[1]
+
+
+@pytest.mark.parametrize("name", page.names())
+def test_what_a_study_tells_train_py_is_for_the_task(name, made):
+    """Also with a device: a flag that does nothing in a task, as --no-compile for neighbours, ends the run."""
+    module = page.importlib.import_module(f"studies.{name}")
+    study.complete(types.SimpleNamespace(RUNS=module.RUNS, PROBES=module.PROBES, SEEDS=[0]), name, device="cpu")
+    told = [command[2:] for command in made if command[1] == "train.py"]
+    assert len(made) == len(module.RUNS) * (1 + len(module.PROBES))
+    for given in map(config.parse, told):
+        config.check_values(given)
+        config.check_tasks(given, given.task or "supervised")
+        assert given.device == "cpu"
 
 
 @pytest.mark.parametrize("name", page.names())
