@@ -41,7 +41,7 @@ FROZEN = "--data scenes --arch vit_micro8 --pool mean --init {init}"
 PROBES = {
     "linear": f"--task linear {FROZEN} --labels 10000 --epochs 20 --evaluations 1",
     "knn": f"--task knn {FROZEN} --labels 10000",
-    "labels-1000": f"--task finetune {FROZEN} --labels 1000 --batch-size 64 --steps 400 --evaluations 1",
+    "labels-1000": f"--task finetune {FROZEN} --labels 1000 --batch-size 64 --steps 200 --evaluations 1",
 }
 FIGURES = {  # title: (stage, score)
     "test L_rec": ("train", "test_rec"),
