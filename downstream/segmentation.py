@@ -9,7 +9,7 @@
 with the feature maps of BEiT's code, beit/semantic_segmentation of microsoft/unilm; HPM uses mmsegmentation's
 configs/mae, which is the same but for relative positions. Both add those, and here positions stay absolute.
 
-Letters in the shapes: K classes, D width of the encoder, h, w a feature map.
+Letters in the shapes: K classes, D width of the encoder, C of the heads, h, w a feature map.
 """
 
 import math
@@ -27,6 +27,7 @@ from engine import distributed
 from engine.pairs import IGNORED
 
 AUXILIARY = 0.4  # weight of the auxiliary head's loss (mmsegmentation, configs/_base_/models/upernet_mae.py)
+SMALL, CHANNELS = 192, 32  # encoders narrower than the first have heads of the second: else heads take most of the time
 POOLED = (1, 2, 3, 6)  # rows and columns of what pyramid pooling keeps
 SHOWN = 6  # test images in predictions.png
 
@@ -48,17 +49,18 @@ class UperNet(nn.Module):
         self.encoder, self.dim = encoder, encoder.dim
         encoder.norm = encoder.fc_norm = nn.Identity()  # parameters that no loss reaches stop DistributedDataParallel
         D, depth = encoder.dim, len(encoder.blocks)
+        C = CHANNELS if D < SMALL else D
         self.depths = [max(1, int(depth * share)) - 1 for share in (1 / 3, 1 / 2, 2 / 3, 1)]  # of 12: 3, 5, 7, 11
         finest = round(math.log2(encoder.patch_size / 4))  # doublings from a patch to a stride of 4 pixels
         self.scales = nn.ModuleList(scale(D, finest - i) for i in range(4))
 
-        self.pools = nn.ModuleList(convolution(D, D, 1) for _ in POOLED)
-        self.pyramid = convolution((1 + len(POOLED)) * D, D, 3)
-        self.laterals = nn.ModuleList(convolution(D, D, 1) for _ in range(3))
-        self.smooth = nn.ModuleList(convolution(D, D, 3) for _ in range(3))
-        self.fuse = convolution(4 * D, D, 3)
-        self.head = last(D, classes, dropout)
-        self.auxiliary = nn.Sequential(convolution(D, min(256, D), 3), last(min(256, D), classes, dropout))
+        self.pools = nn.ModuleList(convolution(D, C, 1) for _ in POOLED)
+        self.pyramid = convolution(D + len(POOLED) * C, C, 3)
+        self.laterals = nn.ModuleList(convolution(D, C, 1) for _ in range(3))
+        self.smooth = nn.ModuleList(convolution(C, C, 3) for _ in range(3))
+        self.fuse = convolution(4 * C, C, 3)
+        self.head = last(C, classes, dropout)
+        self.auxiliary = nn.Sequential(convolution(D, min(256, C), 3), last(min(256, C), classes, dropout))
 
     def features(self, images):
         """The tokens after four blocks, as maps at strides of 4, 8, 16 and 32 pixels: four of (B, D, h, w)."""
@@ -76,7 +78,7 @@ class UperNet(nn.Module):
         top = maps[-1]
         pooled = [pool(F.adaptive_avg_pool2d(top, n)) for pool, n in zip(self.pools, POOLED, strict=True)]
         pooled = [resize(p, top.shape[-2:]) for p in pooled]
-        levels = [self.pyramid(torch.cat([top, *pooled], dim=1))]  # (B, D, h, w), the coarsest first
+        levels = [self.pyramid(torch.cat([top, *pooled], dim=1))]  # (B, C, h, w), the coarsest first
         for lateral, finer in zip(reversed(self.laterals), reversed(maps[:-1]), strict=True):
             levels.append(lateral(finer) + resize(levels[-1], finer.shape[-2:]))
         coarsest, *finer = levels

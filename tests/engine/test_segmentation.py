@@ -191,8 +191,8 @@ def test_the_decoder_equals_that_of_hugging_face():
     beit = pytest.importorskip("transformers.models.beit.modeling_beit")
     from transformers import BeitConfig
 
-    model = upernet(32, 4)
-    config = BeitConfig(hidden_size=8, pool_scales=[1, 2, 3, 6], num_labels=K, out_indices=[1, 2, 3, 4])
+    model = upernet(32, 4, dim=192)  # its heads are as wide as the encoder, those of narrower ones have 32 channels
+    config = BeitConfig(hidden_size=192, pool_scales=[1, 2, 3, 6], num_labels=K, out_indices=[1, 2, 3, 4])
     theirs = beit.BeitUperHead(config).eval()
     pairs = [
         (model.pools, "psp_modules.blocks.{}.conv"),
@@ -206,7 +206,7 @@ def test_the_decoder_equals_that_of_hugging_face():
         state |= {f"{name}.convolution.weight": ours[0].weight}
         state |= {f"{name}.normalization.{key}": value for key, value in ours[1].state_dict().items()}
     theirs.load_state_dict(state)
-    maps = [picture(2, 8, s, s, seed=s) for s in (16, 8, 4, 2)]
+    maps = [picture(2, 192, s, s, seed=s) for s in (16, 8, 4, 2)]
     with torch.no_grad():
         torch.testing.assert_close(model.decode(maps), theirs(maps), rtol=1e-4, atol=1e-4)
 
