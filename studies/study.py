@@ -250,10 +250,11 @@ def line(axes, places, scores, colour, label):
 
 def curves(runs, shown, figure):
     """A panel for each of shown = {title: name in log.jsonl} on a figure: of each arm that has it, the mean over the
-    seeds against the step, and their range as a band."""
+    seeds against the step, and their range as a band; an arm has the same colour in all panels."""
+    colours = {arm: f"C{i}" for i, arm in enumerate(dict.fromkeys(run["arm"] for run in runs))}
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
     for axes, (title, name) in zip(panels, shown.items(), strict=True):
-        for arm in dict.fromkeys(run["arm"] for run in runs):
+        for arm, colour in colours.items():
             logs = [
                 [(line["step"], line[name]) for line in run["log"] if name in line] for run in runs if run["arm"] == arm
             ]
@@ -261,8 +262,8 @@ def curves(runs, shown, figure):
                 continue
             steps = [step for step, _ in logs[0]]
             values = np.array([[value for _, value in log] for log in logs])  # (seeds, steps)
-            (line,) = axes.plot(steps, values.mean(axis=0), label=arm)
-            axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.15)
+            axes.plot(steps, values.mean(axis=0), color=colour, label=arm)
+            axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15)
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("step")
         axes.spines[["top", "right"]].set_visible(False)
