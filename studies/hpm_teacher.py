@@ -70,6 +70,12 @@ def claims(runs):
         study.Claim("the same, asked in turn", ours, turn, "AUC over chance"),
         study.Claim("masks of the teacher, asked whole, are harder than random ones", paper, harder, "of the loss"),
         study.Claim("the same, asked in turn", ours, harder_turn, "of the loss"),
+        study.Claim(
+            "those asked in turn are harder than those asked whole",
+            ours,
+            better("HPM, in turn", "HPM, whole", "train", "test_hard_ratio"),
+            "of the loss",
+        ),
         *(
             study.Claim(f"{text}: {probe}", source, better(arm, other, stage, name), "points")
             for probe, stage, name in (
