@@ -1,17 +1,19 @@
 """Class token and mean are alike, if each has its own learning rate: ViT, appendix D.3, figure 9.
 
 The paper: the mean of the patch tokens was worse than the class token at the class token's learning rate (8e-4), and
-as good at one of its own (3e-4). Here vit_micro4 learns Fashion-MNIST with labels, 4 epochs; each way of pooling takes
-the best of four learning rates on a tenth of the training images, then trains on all.
+as good at one of its own (3e-4). Here vit_micro4 learns Fashion-MNIST with labels, in 500 steps of 32 images; each way
+of pooling takes the best of three learning rates on a tenth of the training images, then trains on all. Nothing else
+was tried.
 """
 
 import sys
 
 from studies import study
 
-RATES = "1e-3,2e-3,4e-3,8e-3"
+RATES = "1e-3,2e-3,4e-3"
 RUNS = {
-    pool: f"--data fashion-mnist --arch vit_micro4 --epochs 4 --pool {pool} --lr {RATES}" for pool in ("cls", "mean")
+    pool: f"--data fashion-mnist --arch vit_micro4 --batch-size 32 --steps 500 --evaluations 1 --pool {pool} --lr {RATES}"
+    for pool in ("cls", "mean")
 }
 PROBES = {}
 SEEDS = range(3)

@@ -1,7 +1,8 @@
 """Positions matter, which kind hardly does: ViT, appendix D.4, table 8.
 
 The paper (ViT-B/16, 5-shot linear on ImageNet, %): none 61.4, 1-D 64.2, 2-D 64.0, relative 64.0. Here vit_micro4 learns
-Fashion-MNIST with labels, 4 epochs, with each of them, and with the sine-cosine positions that MAE uses.
+Fashion-MNIST with labels, in 1,000 steps of 32 images, with each of them, and with the sine-cosine positions that MAE
+uses. Nothing else was tried.
 """
 
 import sys
@@ -9,9 +10,12 @@ import sys
 from studies import study
 
 KINDS = ("none", "1d", "2d", "relative", "sincos")
-RUNS = {kind: f"--data fashion-mnist --arch vit_micro4 --epochs 4 --pos-embed {kind}" for kind in KINDS}
+RUNS = {
+    kind: f"--data fashion-mnist --arch vit_micro4 --batch-size 32 --steps 1000 --lr 2e-3 --evaluations 1 --pos-embed {kind}"
+    for kind in KINDS
+}
 PROBES = {}
-SEEDS = range(5)
+SEEDS = range(3)
 TABLE = {"top-1 (%)": ("train", "top1")}
 ALIKE = 1.0  # points
 
