@@ -11,10 +11,8 @@ import sys
 from studies import study
 
 RATES = "1e-3,2e-3,4e-3"
-RUNS = {
-    pool: f"--data fashion-mnist --arch vit_micro4 --batch-size 32 --steps 500 --evaluations 1 --pool {pool} --lr {RATES}"
-    for pool in ("cls", "mean")
-}
+SHORT = "--data fashion-mnist --arch vit_micro4 --batch-size 32 --steps 500 --evaluations 1"
+RUNS = {pool: f"{SHORT} --pool {pool} --lr {RATES}" for pool in ("cls", "mean")}
 PROBES = {}
 SEEDS = range(3)
 TABLE = {"top-1 (%)": ("train", "top1")}

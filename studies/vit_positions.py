@@ -10,10 +10,8 @@ import sys
 from studies import study
 
 KINDS = ("none", "1d", "2d", "relative", "sincos")
-RUNS = {
-    kind: f"--data fashion-mnist --arch vit_micro4 --batch-size 32 --steps 1000 --lr 2e-3 --evaluations 1 --pos-embed {kind}"
-    for kind in KINDS
-}
+SHORT = "--data fashion-mnist --arch vit_micro4 --batch-size 32 --steps 1000 --lr 2e-3 --evaluations 1"
+RUNS = {kind: f"{SHORT} --pos-embed {kind}" for kind in KINDS}
 PROBES = {}
 SEEDS = range(3)
 TABLE = {"top-1 (%)": ("train", "top1")}
