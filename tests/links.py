@@ -7,7 +7,6 @@ The text of a link to a line of code is code of that line: [`x = block(x)`](vit.
 
 import ast
 import importlib
-import inspect
 import json
 import re
 from functools import reduce
@@ -24,7 +23,6 @@ PAGES = [
 ]
 LINK = re.compile(r'(?:\]\(|<(?:img|a)[^>]* (?:src|href)=")([^)\s"]+)[)"]')
 LINE_OF_CODE = re.compile(r"\[`([^`]+)`\]\(([^)#]+)#L(\d+)\)")
-PRINTED_CODE = re.compile(r"^print\(inspect\.getsource\(([\w.]+)\)\)$", flags=re.MULTILINE)
 WIDGET = "application/vnd.jupyter.widget-view+json"
 ROOMS = {"probes": "downstream.probes"}  # what notebooks import by the last part of its name
 
@@ -84,13 +82,6 @@ def numbered(text, folder):
     return LINE_OF_CODE.sub(number, text)
 
 
-def printed(source):
-    """What a notebook's cell prints that does nothing but `print(inspect.getsource(…))`, or None if it does more."""
-    if PRINTED_CODE.sub("", source).strip():
-        return None
-    return "".join(inspect.getsource(named(name)) + "\n" for name in PRINTED_CODE.findall(source))
-
-
 def shown(source):
     """The outputs of a notebook's cell that does nothing but call `pictures.source(…)`, or None if it does more."""
     calls = re.findall(r"^pictures\.source\(.*?\)$", source, flags=re.MULTILINE | re.DOTALL)
@@ -123,8 +114,6 @@ def with_code_of_today(text):
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             source = "".join(cell["source"])
-            if code := printed(source):
-                cell["outputs"][0]["text"] = code.splitlines(keepends=True)
             cell["outputs"] = shown(source) or [out for out in cell["outputs"] if WIDGET not in out.get("data", ())]
     return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
 
