@@ -20,7 +20,7 @@ RUNS = {
 }
 PROBES = study.PROBES
 SEEDS = range(3)
-TABLE = study.FIGURES
+TABLE = study.FIGURES | study.TEACHERS
 
 PAIRS = (  # text, the paper's number, arm, the other
     ("predicting the loss helps, masks being random", "+0.26", "L_pred alone", "MAE"),

@@ -16,7 +16,7 @@ RUNS = {
 }
 PROBES = {name: study.PROBES[name] for name in ("linear", "knn")}  # of frozen features
 SEEDS = range(3)
-TABLE = {title: where for title, where in study.FIGURES.items() if where[0] in ("train", *PROBES)}
+TABLE = {title: where for title, where in study.FIGURES.items() if where[0] in ("train", *PROBES)} | study.TEACHERS
 
 
 def claims(runs):
@@ -34,7 +34,7 @@ def claims(runs):
 
 
 def figure(runs):
-    return study.dots(runs, {title: where for title, where in TABLE.items() if where[0] != "train"})
+    return study.dots(runs, {title: where for title, where in TABLE.items() if title != "test L_rec"})
 
 
 if __name__ == "__main__":

@@ -48,8 +48,7 @@ SEEDS = range(5)
 TABLE = study.FIGURES | {
     "rank correlation": ("train", "test_correlation"),
     "object": ("train", "test_object_auc"),
-    "object, at a place": ("train", "test_object_auc_at_place"),
-    "harder": ("train", "test_hard_ratio"),
+    **study.TEACHERS,
 }
 
 

@@ -49,6 +49,10 @@ FIGURES = {  # title: (stage, score)
     "kNN (%)": ("knn", "top1"),
     "fine-tuned, 1,000 labels (%)": ("labels-1000", "top1"),
 }
+TEACHERS = {  # what hpm_teacher explains
+    "object, at a place": ("train", "test_object_auc_at_place"),
+    "harder": ("train", "test_hard_ratio"),
+}
 
 # ---------------------------------------------------------------------------------------------
 # Runs
