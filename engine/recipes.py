@@ -79,7 +79,7 @@ RECIPES = {
         decay="linear", weight_decay=0.05, crop=None, layer_decay=0.65, drop_path=0.1, dropout=0.1,
     ),
     ("segment", "scenes"): dict(
-        steps={"cpu": 400, "cuda": 4000}, batch_size=32, lr=8e-3, warmup=0.1, weight_decay=0.05, crop=None,
+        steps={"cpu": 3000, "cuda": 3000}, batch_size=16, lr=1e-2 * 16, warmup=0.05, weight_decay=0.05, crop=None,
         layer_decay=0.8,
     ),
     # COCO as MAE and HPM: detectron2's projects/ViTDet, mask_rcnn_vitdet_b_100ep.py: 1e-4 for a batch of 64.
@@ -88,7 +88,7 @@ RECIPES = {
         crop=None, layer_decay=0.7, drop_path=0.1, window=14,
     ),
     ("detect", "scenes"): dict(
-        steps={"cpu": 1200, "cuda": 1200}, batch_size=16, lr=3e-3 * 16, warmup=0.05, weight_decay=0.05, crop=None,
+        steps={"cpu": 2000, "cuda": 2000}, batch_size=16, lr=3e-3 * 16, warmup=0.05, weight_decay=0.05, crop=None,
         layer_decay=0.8,
     ),
 } | {
