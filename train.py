@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint as compute_twice
 import data
 import hpm
 import vit
-from downstream import detection, predict, probes, segmentation, vtab
+from downstream import detection, precision, predict, probes, segmentation, vtab
 from engine import checkpoint as run_folder
 from engine import coco, distributed, ending, memory, plots, report, weights
 from engine import config as flags
@@ -155,7 +155,7 @@ def score_segmenter(config, model, dataset):
 
 
 def score_detector(config, model, dataset):
-    return coco.evaluate(model, dataset.test, dataset.classes, *how_to_evaluate(config))
+    return precision.evaluate(model, dataset.test, dataset.classes, *how_to_evaluate(config))
 
 
 def how_to_evaluate(config):
@@ -487,7 +487,7 @@ def draw_figures(config, out, model, dataset, alpha):
     if config.task == "segment" and distributed.RANK == 0:
         segmentation.draw(out, model, dataset, *how_to_evaluate(config), config.inference)
     if config.task == "detect":
-        coco.draw(out, model, dataset, *how_to_evaluate(config))
+        precision.draw(out, model, dataset, *how_to_evaluate(config))
 
 
 def best_learning_rate(config, dataset, out, origin):
@@ -658,7 +658,7 @@ def run(config, dataset, model, out, checkpoint, origin, params):
             return 128 + stopped
         last = distributed.from_rank0(lambda: run_folder.last_line(out))
         names = "top1", "top5", "real_top1", "test_rec", "test_correlation", "test_object_auc"
-        names += "test_object_auc_at_place", "test_hard_ratio", "miou", "pixel_accuracy", *coco.SCORES
+        names += "test_object_auc_at_place", "test_hard_ratio", "miou", "pixel_accuracy", *precision.SCORES
         scores = {name: last[name] for name in names if name in last}
         seconds = last["seconds"]
     if distributed.RANK == 0:

@@ -12,6 +12,7 @@ from PIL import Image
 import hpm
 import train
 import vit
+from downstream import precision
 from downstream.detection import Detections
 from engine import coco
 from engine.scenes import Objects, boxes_of
@@ -302,7 +303,7 @@ def test_the_truth_has_a_precision_of_1(tmp_path):
     dataset = coco.load(write_coco(tmp_path / "coco"))
     dataset.test.workers = 0
     for size in ((64, 64), (24, 48)):
-        scores = coco.evaluate(Oracle(dataset.test, size), dataset.test, dataset.classes, size, 4, "cpu")
+        scores = precision.evaluate(Oracle(dataset.test, size), dataset.test, dataset.classes, size, 4, "cpu")
         assert scores == dict(ap_box=1.0, ap_box_50=1.0, ap_mask=1.0, ap_mask_50=1.0)
 
 
@@ -314,22 +315,22 @@ def test_boxes_beside_the_truth_have_the_precision_of_their_overlap():
     ])  # fmt: skip
     size = (40, 40)
 
-    def precision(*found):
-        results = [one for some in found for one in coco.results_of(some, truth, size)]
-        return coco.average_precision([(truth, results)], ["a", "b"])
+    def scores_of(*found):
+        results = [one for some in found for one in precision.results_of(some, truth, size)]
+        return precision.average_precision([(truth, results)], ["a", "b"])
 
     off = perfect(truth, size, shift=2.0)
-    assert precision(off)["ap_box"] == pytest.approx(0.4)
-    assert precision(off)["ap_mask"] == pytest.approx(0.4)
-    assert precision(off)["ap_box_50"] == pytest.approx(1.0)
+    assert scores_of(off)["ap_box"] == pytest.approx(0.4)
+    assert scores_of(off)["ap_mask"] == pytest.approx(0.4)
+    assert scores_of(off)["ap_box_50"] == pytest.approx(1.0)
     right = perfect(truth, size)
-    assert precision(right._replace(labels=right.labels + 1))["ap_box"] == 0
-    assert precision(right._replace(scores=right.scores * 0))["ap_box"] == 0
-    assert precision()["ap_mask"] == 0
+    assert scores_of(right._replace(labels=right.labels + 1))["ap_box"] == 0
+    assert scores_of(right._replace(scores=right.scores * 0))["ap_box"] == 0
+    assert scores_of()["ap_mask"] == 0
     wrong = perfect(truth, size, shift=9.0, score=0.95)
-    assert precision(right, wrong)["ap_box"] == pytest.approx(0.5)
+    assert scores_of(right, wrong)["ap_box"] == pytest.approx(0.5)
     with pytest.raises(ValueError, match="no test image has an object"):
-        coco.average_precision([(truth | dict(annotations=[]), [])], ["a"])
+        precision.average_precision([(truth | dict(annotations=[]), [])], ["a"])
 
 
 def test_the_truth_of_a_scene_is_its_masks_and_boxes():
@@ -360,10 +361,10 @@ def tiny(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_is_scored_drawn_and_told(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(coco, "SHOWN", 2)  # of the test images: the rest takes its time
+    monkeypatch.setattr(precision, "SHOWN", 2)  # of the test images: the rest takes its time
     assert run(f"{tiny} --evaluations 1 --micro-batch 2 --out run") == 0
     result, config = (json.loads(Path("run", f"{name}.json").read_text()) for name in ("result", "config"))
-    assert set(coco.SCORES) <= result.keys()
+    assert set(precision.SCORES) <= result.keys()
     assert config["decay"] == "steps"
     assert {"loss", "objectness", "rpn_box", "cls", "box", "mask"} <= log("run")[-1].keys()
     with Image.open("run/predictions.png") as picture:
@@ -429,7 +430,7 @@ def test_two_processes_have_the_losses_of_one(tiny, no_figures, tmp_path):
     for line, other in zip(one, two, strict=True):
         for name in ("loss", "objectness", "rpn_box", "cls", "box", "mask", "grad_norm"):
             assert other[name] == pytest.approx(line[name], rel=1e-3), (line["step"], name)
-    for name in coco.SCORES:
+    for name in precision.SCORES:
         assert two[-1][name] == pytest.approx(one[-1][name], abs=0.02)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import vit
-from downstream import detection
+from downstream import detection, precision
 from downstream.detection import decode, encode, match, overlap, roi_align, sample, suppress
 from engine import coco
 from engine.scenes import Objects
@@ -223,7 +223,7 @@ def test_a_pasted_mask_fills_its_box():
     masks = torch.zeros(2, 28, 28)
     masks[0], masks[1, :, :14] = 1.0, 1.0  # all, and the left half
     boxes = torch.tensor([[2.0, 3.0, 12.0, 9.0], [0.0, 0.0, 28.0, 28.0]])
-    whole, half = coco.paste(masks, boxes, (30, 32))
+    whole, half = precision.paste(masks, boxes, (30, 32))
     expected = torch.zeros(30, 32, dtype=torch.bool)
     expected[3:9, 2:12] = True
     assert torch.equal(whole, expected)
@@ -416,11 +416,13 @@ def test_a_detector_learns_two_images_by_heart():
     entries = [
         (
             coco.truth_of(objects, i),
-            coco.results_of(detection.Detections(*(v[i] for v in found)), dict(id=i, height=32, width=32), (32, 32)),
+            precision.results_of(
+                detection.Detections(*(v[i] for v in found)), dict(id=i, height=32, width=32), (32, 32)
+            ),
         )
         for i, objects in enumerate(targets)
     ]
-    scores = coco.average_precision(entries, ["a", "b", "c"])
+    scores = precision.average_precision(entries, ["a", "b", "c"])
     assert scores["ap_box"] > 0.8
     assert scores["ap_mask"] > 0.8
 
