@@ -72,18 +72,21 @@ def read(name):
 
 def complete(study, name, device=None, jobs=1):
     """Make the runs of a study that are missing; every one that ends is written to results/NAME.json at once."""
-    everywhere = [run for path in sorted(RESULTS.glob("*.json")) for run in read(path.stem)]
-    known = {(run["flags"], run["seed"]): run for run in everywhere}
+    known = {}  # of all studies: two of them may have measured other things of one run
+    for run in (run for path in sorted(RESULTS.glob("*.json")) for run in read(path.stem)):
+        known.setdefault((run["flags"], run["seed"]), run)["scores"].update(run["scores"])
     wanted = [(arm, flags, seed) for seed in study.SEEDS for arm, flags in study.RUNS.items()]  # the first seed first
     found, missing = {}, []
     for arm, flags, seed in wanted:
         run = known.get((flags, seed), dict(scores={}))
-        found[arm, seed] = run | dict(arm=arm)
-        if set(run["scores"]) < {"train", *study.PROBES}:
+        scores = {stage: run["scores"][stage] for stage in ("train", *study.PROBES) if stage in run["scores"]}
+        found[arm, seed] = run | dict(arm=arm, scores=scores)
+        if len(scores) < 1 + len(study.PROBES):
             missing.append((arm, flags, seed))
+    measured = set(study.PROBES) or {"train"}
 
     def write():
-        runs = [found[arm, seed] for arm, _, seed in wanted if found[arm, seed]["scores"]]
+        runs = [found[arm, seed] for arm, _, seed in wanted if measured & set(found[arm, seed]["scores"])]
         RESULTS.mkdir(exist_ok=True)
         part = RESULTS / f"{name}.json.part"
         part.write_text("[\n" + ",\n".join(json.dumps(run) for run in runs) + "\n]\n")
