@@ -97,14 +97,13 @@ def test_what_is_there_is_not_made_again(made):
     assert len(made) == 16
     study.complete(small_study(RUNS={"other name": "--steps 2"}), "another")  # studies share runs
     assert len(made) == 16
-    shared = study.complete(
-        small_study(PROBES={"segment": "--task segment --init {init}"}), "dense"
-    )  # not measured yet
+    dense = small_study(PROBES={"segment": "--task segment --init {init}"})
+    shared = study.complete(dense, "dense")  # and may measure other things
     assert len(made) == 20
     assert [set(run["scores"]) for run in shared] == 4 * [{"train", "segment"}]
     shutil.rmtree(study.FOLDERS)  # as in a clone, which has the results alone
     study.complete(small_study(), "small")
-    study.complete(small_study(PROBES={"segment": "--task segment --init {init}"}), "dense")
+    study.complete(dense, "dense")
     assert len(made) == 20
 
 
