@@ -88,7 +88,7 @@ RECIPES = {
         crop=None, layer_decay=0.7, drop_path=0.1, window=14,
     ),
     ("detect", "scenes"): dict(
-        steps={"cpu": 2000, "cuda": 2000}, batch_size=16, lr=3e-3 * 16, warmup=0.05, weight_decay=0.05, crop=None,
+        steps={"cpu": 1200, "cuda": 1200}, batch_size=16, lr=3e-3 * 16, warmup=0.05, weight_decay=0.05, crop=None,
         layer_decay=0.8,
     ),
 } | {
