@@ -168,7 +168,7 @@ def batch_of(most, images):
 # ---------------------------------------------------------------------------------------------
 
 FLOATS = 32  # of each token, in each block, for each number of its width: 21 measured, 31 with dropout
-UPERNET = 12  # of each pixel at stride 4, for each number of the width: 8 to 11 measured
+UPERNET = 12  # of each pixel at stride 4, for each number of the width: 8 to 11 measured, with heads as wide
 LOGITS_BYTES = 16 * 150  # of each pixel, of two heads, before and after the softmax, for ADE20K's classes
 CONV_BYTES = 250  # of each pixel, in each bottleneck of the usual width: 185 measured at 224 pixels
 
