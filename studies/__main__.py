@@ -79,8 +79,16 @@ def time_taken(runs):
     return "Time, added up over runs: " + ", ".join(each) + "."
 
 
+def waiting():
+    """The studies that can be run, and have no results."""
+    written = (path.stem for path in study.HERE.glob("*.py") if "study.main(" in path.read_text())
+    return sorted(name for name in set(written) - set(names()) - {"study"})
+
+
 def page():
-    return START + "\n" + ("\n".join(section(name) for name in names()) or "No study has results yet.\n")
+    more = [f"[`{name}`](../studies/{name}.py)" for name in waiting()]
+    sections = [f"Without results yet: {', '.join(more)}.\n"] * bool(more) + [section(name) for name in names()]
+    return START + "\n" + "\n".join(sections)
 
 
 if __name__ == "__main__":
