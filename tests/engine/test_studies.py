@@ -188,6 +188,15 @@ def test_a_study_says_all_that_the_page_needs(name):
     assert (study.RESULTS / f"{name}.png").exists()
 
 
+def test_the_page_names_every_study():
+    """With results, or as one that waits for them."""
+    studies = (
+        "hpm_ablation hpm_targets hpm_teacher downstream mae_masks vit_compute vit_data_size vit_inside vit_pooling"
+    )
+    studies += " vit_positions vit_resolution vit_self_supervised"
+    assert sorted([*page.names(), *page.waiting()]) == sorted(studies.split())
+
+
 def test_the_page_says_what_the_results_say():
     """docs/STUDIES.md is `python -m studies` of the stored results, word by word."""
     assert page.PAGE.read_text() == page.page(), "run python -m studies"
