@@ -20,6 +20,8 @@ they are takes far more, and for that a small learning rate is too slow:
 | the same with HPM's weights, layer decay 0.65 | 0.076 | 0.226 | 0.316 | stopped | |
 
 The others had a layer decay of 0.8, with which pre-training brought no start; the recipe has the paper's 0.65 now.
+One whole run by the recipe, seed 0, 1,000 test scenes: 0.209 after 500 steps, 0.407 after 1,000, 0.514 after 2,000 and
+0.554 after 3,000, with 93 % of the pixels right.
 AP of boxes with a peak of 1e-3 and 400 steps: 0.136 after 200, 0.213 after 400; with 1.6e-2: 0.030 after 200; with 3e-3
 and 1,200 steps: 0.224 after 300, 0.405 after 600 (masks 0.395), where it was stopped.
 """
