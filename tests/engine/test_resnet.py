@@ -319,11 +319,8 @@ SHORT = dict(
 )
 
 
-SLOW = [pytest.param(arch, marks=pytest.mark.slow) for arch in ("resnet101", "r50_vit_b32")]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [*SHORT, "resnet_micro", "r_vit_micro4", *SLOW])
+@pytest.mark.parametrize("arch", [*SHORT, "resnet_micro", "r_vit_micro4", "resnet101", "r50_vit_b32"])
 def test_a_real_batch_is_learned(arch):
     """Eight photographs, eight classes: the loss falls, and every parameter has a gradient. Whole where it is slow."""
     torch.manual_seed(0)
