@@ -8,6 +8,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import hpm
 from engine import config
@@ -55,6 +56,17 @@ def test_differences_are_paired_by_seed():
         for arm, seed, top1 in [("a", 2, 10.0), ("b", 1, 1.0), ("a", 1, 5.0), ("b", 2, 2.0), ("a", 3, 99.0)]
     ]
     assert study.differences(runs, "a", "b", "linear", "top1").tolist() == [4.0, 8.0]
+
+
+def test_an_arm_has_one_colour_in_all_panels():
+    """Also where another arm, without a teacher, has nothing to show in one of them."""
+    logs = {"MAE": dict(rec=1.0), "HPM": dict(rec=2.0, auc=0.8), "in turn": dict(rec=3.0, auc=0.9)}
+    runs = [dict(arm=arm, seed=0, log=[dict(step=step) | log for step in (1, 2)]) for arm, log in logs.items()]
+    figure = Figure()
+    study.curves(runs, {"loss": "rec", "object": "auc"}, figure)
+    first, second = ({line.get_label(): line.get_color() for line in axes.lines} for axes in figure.axes)
+    assert len(set(first.values())) == len(first) == 3
+    assert second == {arm: first[arm] for arm in ("HPM", "in turn")}
 
 
 @pytest.fixture
