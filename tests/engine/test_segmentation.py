@@ -168,6 +168,15 @@ def test_upernet_is_the_network_of_the_paper():
     assert np.abs(ours - expected).max() < 1e-4 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize(("arch", "channels"), [("vit_micro4", 32), ("vit_micro8", 32), ("vit_ti16", 192)])
+def test_small_encoders_have_narrow_heads(arch, channels):
+    """Of 32 channels below a width of 192, as a laptop can train them; as wide as the encoder from ViT-Ti on."""
+    with torch.device("meta"):
+        model = segmentation.UperNet(vit.create(arch, 64, 0), 11)
+    assert model.head[-1].weight.shape[:2] == (11, channels)
+    assert model.fuse[0].weight.shape[:2] == (channels, 4 * channels)
+
+
 def test_upernet_on_vit_b16_has_the_layers_of_the_official_setting():
     """Counted from mmsegmentation's modules (UPerHead, FCNHead, Feature2Pyramid) and configs/mae for ADE20K: 768
     channels, 256 in the auxiliary head, 150 classes; a ViT-B/16 at 512 pixels without its last norm."""
