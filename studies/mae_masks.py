@@ -18,8 +18,9 @@ from studies import study
 
 MAE = f"--task mae {study.SCENES}"
 RUNS = {
+    **{f"random, {int(100 * ratio)} %": f"{MAE} --mask-ratio {ratio}" for ratio in (0.25, 0.5, 0.6)},
     "random, 75 %": MAE,
-    **{f"random, {int(100 * ratio)} %": f"{MAE} --mask-ratio {ratio}" for ratio in (0.25, 0.5, 0.6, 0.9)},
+    "random, 90 %": f"{MAE} --mask-ratio 0.9",
     "block, 75 %": f"{MAE} --mask block",
     "block, 50 %": f"{MAE} --mask block --mask-ratio 0.5",
     "grid, 75 %": f"{MAE} --mask grid",
