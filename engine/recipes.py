@@ -79,7 +79,7 @@ RECIPES = {
         decay="linear", weight_decay=0.05, crop=None, layer_decay=0.65, drop_path=0.1, dropout=0.1,
     ),
     ("segment", "scenes"): dict(
-        steps={"cpu": 3000, "cuda": 3000}, batch_size=16, lr=1e-2 * 16, warmup=0.05, weight_decay=0.05, crop=None,
+        steps={"cpu": 4200, "cuda": 4200}, batch_size=16, lr=2e-2 * 16, warmup=0.05, weight_decay=0.05, crop=None,
         layer_decay=0.65,
     ),
     # COCO as MAE and HPM: detectron2's projects/ViTDet, mask_rcnn_vitdet_b_100ep.py: 1e-4 for a batch of 64.

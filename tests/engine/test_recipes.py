@@ -284,7 +284,7 @@ DETECT = [
         steps=1200, batch_size=16, rate=3e-3 * 16, warmup=0.05, weight_decay=0.05, crop=None, layer_decay=0.8,
         window=0, img_size=(96, 96))),
     ("scenes-many", "--task segment --arch vit_micro8", ADAMW | dict(
-        steps=3000, batch_size=16, rate=1e-2 * 16, warmup=0.05, weight_decay=0.05, crop=None, layer_decay=0.65,
+        steps=4200, batch_size=16, rate=2e-2 * 16, warmup=0.05, weight_decay=0.05, crop=None, layer_decay=0.65,
         img_size=(96, 96))),
 ]  # fmt: skip
 
