@@ -115,23 +115,27 @@ def draw(out, model, dataset, img_size, batch_size, device, dtype):
         for images, labels, truths in split.test_batches(img_size, 1, torch.device(device), some):
             if labels[0] >= 0:
                 found = results_of(detection.Detections(*(v[0] for v in model(images))), truths[0], img_size)
-                rows.append((images[0].float().cpu(), truths[0], [one for one in found if one["score"] > 0.5]))
+                rows.append((images[0], truths[0], truths[0]["annotations"], found))
+    picture(out / "predictions.png", rows, dataset, img_size, ("image", "truth", "prediction"))
+
+
+def picture(path, rows, dataset, img_size, titles):
+    """Draw rows of an image (3, *img_size), normalised, its truth or a dict of its height and width, and lists of
+    objects; what is found only if its score is above 1/2."""
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (dataset.mean, dataset.std))
     colors = segmentation.palette(len(dataset.classes))
-    figure = Figure(figsize=(6.6, 2.2 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), 3, squeeze=False)
-    for row, (image, truth, found) in zip(axes, rows, strict=True):
+    figure = Figure(figsize=(2.2 * len(titles), 2.2 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), len(titles), squeeze=False)
+    for row, (image, truth, *objects) in zip(axes, rows, strict=True):
         height, width = truth["height"], truth["width"]
         h, w = fitting(height, width, img_size)
-        pixels = ((image * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()[:h, :w]
+        pixels = ((image.float().cpu() * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()[:h, :w]
         pixels = np.asarray(Image.fromarray(pixels).resize((width, height)))
-        for panel, title, objects in zip(
-            row, ("image", "truth", "prediction"), ((), truth["annotations"], found), strict=True
-        ):
+        for panel, title, there in zip(row, titles, ((), *objects), strict=True):
             panel.imshow(pixels)
             panel.axis("off")
             panel.set_title(title if panel in axes[0] else "", fontsize=9)
-            for one in objects:
+            for one in (one for one in there if one.get("score", 1) > 0.5):
                 color, (left, top, wide, high) = colors[one["category_id"]], one["bbox"]
                 inside = rle.decode(run_lengths(one["segmentation"], height, width))[..., None]
                 panel.imshow(np.concatenate([np.broadcast_to(color, (height, width, 3)), 0.5 * inside], axis=2))
@@ -139,4 +143,4 @@ def draw(out, model, dataset, img_size, batch_size, device, dtype):
                 score = f" {one['score']:.2f}" if "score" in one else ""
                 panel.text(left, top, dataset.classes[one["category_id"]] + score, fontsize=5, color="white",
                            backgroundcolor=(*color, 0.7), va="bottom")  # fmt: skip
-    figure.savefig(out / "predictions.png", dpi=100)
+    figure.savefig(path, dpi=100)

@@ -3,12 +3,15 @@
     python train.py --task predict --init runs/finetune-vit_b16-photos --images holiday/
 
 Of a classifier, a run's or a public one: the most probable classes of each image, as a table on the screen and in
-predictions.csv. Of a masked autoencoder: predictions.png, what it masks and rebuilds. Images are prepared as the run's
-test images were, and classes have the run's names.
+predictions.csv. Of a masked autoencoder: predictions.png, what it masks and rebuilds. Of a segmentation: for each image
+predictions/NAME.png, of its size, in which every pixel is a class number with a colour, as in the masks that it learned
+from. Of a detector: predictions.json, a list of COCO's results with the names of file and category. Of both also
+predicted.png, to look at. Images are prepared as the run's test images were, and classes have the run's names.
 """
 
 import csv
 import itertools
+import json
 import os
 import sys
 import tempfile
@@ -16,14 +19,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import data
-from downstream import probes
-from engine import distributed, files, image_folder, plots, weights
-from engine.recipes import AUTOENCODERS, CLASSIFIERS
+from downstream import detection, precision, probes, segmentation
+from engine import coco, distributed, files, image_folder, pairs, plots, weights
+from engine.recipes import AUTOENCODERS, CLASSIFIERS, DENSE
 
-TASKS = (*CLASSIFIERS, "linear", *AUTOENCODERS)  # whose models have something to say
+TASKS = (*CLASSIFIERS, "linear", *AUTOENCODERS, *DENSE)  # whose models have something to say
 TOP, ROWS, PICTURES = 5, 20, 6  # classes of an image; images on the screen, and in the picture
 
 
@@ -53,7 +57,7 @@ def run(config, out, build):
     images = Images(find(config.images), mean, std, data.NATIVE_SIZE.get(name), whole, workers)
     images.stretched = name.startswith("vtab:")  # as in training
     dataset = data.Dataset(name, saved["classes"], mean, std, None, images)
-    if task in AUTOENCODERS:
+    if task in (*AUTOENCODERS, *DENSE):
         model = with_state(build(task, dataset), weights.content_of(init)[0], init)
     else:
         dataset, model = load_classifier(config, init, task == "linear" and trained, dataset, build)
@@ -63,7 +67,8 @@ def run(config, out, build):
     print(f"predict: {config.arch} of {init}, {many(images)} brought to {', '.join(how)}")
     if len(mean) == 1:
         print(f"colours become grey: {name} has one channel")
-    (draw if task in AUTOENCODERS else tell)(config, model.to(config.device), dataset, out)
+    say = {"segment": segment, "detect": detect} | dict.fromkeys(AUTOENCODERS, draw)
+    say.get(task, tell)(config, model.to(config.device), dataset, out)
     return 0
 
 
@@ -251,6 +256,108 @@ def draw(config, model, dataset, out):
         plots.plot_masks(Path(folder), model, dataset, *how)
         Path(folder, "masks.png").replace(out / "predictions.png")
     print(f"predict: {out / 'predictions.png'} shows, from the top, {', '.join(map(on_screen, images.paths))}")
+
+
+@torch.inference_mode()
+def segment(config, model, dataset, out):
+    """Write predictions/NAME.png for each image, and predicted.png; print how much of the first images is what."""
+    images, device, rows, shown = dataset.test, torch.device(config.device), [], 0
+    from_one = config.data.startswith("ade20k:")  # its files say 0 for none of its classes
+    colors = (255 * segmentation.palette(len(dataset.classes))[:-1]).astype("uint8")
+    colors = colors.tobytes() if not from_one else bytes(3) + colors.tobytes()
+    above = config.images if os.path.isdir(config.images) else os.path.dirname(config.images)
+    with probes.evaluating(model):
+        for path, image, size in one_by_one(images, device, lambda image: pairs.covering(image, config.img_size)):
+            sides = image.shape[-2:] if config.inference == "slide" else config.img_size
+            how = config.img_size, config.micro_batch, config.inference
+            with probes.autocast(config.device, config.dtype):
+                logits = segmentation.predict(model, image, sides, *how)  # (1, K, *sides)
+            predicted = largest(logits.float(), size).byte().cpu().numpy()
+            mask = Image.fromarray(predicted + from_one)
+            mask.putpalette(colors)
+            to = Path(out, "predictions", os.path.relpath(path, above) + ".png")
+            to.parent.mkdir(parents=True, exist_ok=True)
+            with files.whole(to) as part:
+                mask.save(part, format="png")
+            if len(rows) < PICTURES:
+                rows.append((image[0].cpu(), predicted))
+            if shown < ROWS:
+                counts = torch.from_numpy(predicted).flatten().long().bincount(minlength=len(dataset.classes))
+                shares, labels = (counts / counts.sum()).topk(min(TOP, len(counts)))
+                told = [
+                    f"{p:6.1%} {on_screen(dataset.classes[c], 30)}" for p, c in zip(shares, labels, strict=True) if p
+                ]
+                tqdm.write(f"{on_screen(os.path.relpath(path, above)):40}  {' | '.join(told)}")
+            shown += 1
+    ended(images, shown, out / "predictions", rows)
+    segmentation.picture(out / "predicted.png", rows, dataset, ("image", "prediction"))
+
+
+def largest(logits, size):
+    """The class with the largest logit, at another size: (1, K, h, w) -> (H, W). Class by class: those of 12 million
+    pixels and 150 classes would take 7 GB."""
+    best, classes = None, None
+    for k in range(logits.shape[1]):
+        one = segmentation.resize(logits[:, k : k + 1], size)[0, 0]
+        if best is None:
+            best, classes = one, torch.zeros_like(one, dtype=torch.int64)
+        better = one > best
+        best, classes = torch.where(better, one, best), classes.masked_fill(better, k)
+    return classes
+
+
+@torch.inference_mode()
+def detect(config, model, dataset, out):
+    """Write predictions.json and predicted.png; print the objects of the first images."""
+    images, device, rows, results, shown = dataset.test, torch.device(config.device), [], [], 0
+    with probes.evaluating(model):
+        for path, image, (height, width) in one_by_one(
+            images, device, lambda image: coco.framed(image, config.img_size)
+        ):
+            with probes.autocast(config.device, config.dtype):
+                found = detection.Detections(*(v[0] for v in model(image)))
+            sides = dict(id=path, height=height, width=width)
+            objects = precision.results_of(found, sides, config.img_size)
+            for one in objects:
+                code = one["segmentation"] | dict(counts=one["segmentation"]["counts"].decode())
+                named = dict(file=one["image_id"], category=dataset.classes[one["category_id"]])
+                results.append(named | dict(bbox=one["bbox"], score=one["score"], segmentation=code))
+            if len(rows) < PICTURES:
+                rows.append((image[0].cpu(), sides, objects))
+            if shown < ROWS:
+                best = sorted(objects, key=lambda one: -one["score"])[:TOP]
+                told = [f"{one['score']:.2f} {on_screen(dataset.classes[one['category_id']], 30)}" for one in best]
+                name = on_screen(path.removeprefix(os.path.join(config.images, "")))
+                tqdm.write(f"{name:40}  {' | '.join(told) or 'nothing'}")
+            shown += 1
+    ended(images, shown, out / "predictions.json", rows)
+    with files.whole(out / "predictions.json") as part:
+        part.write_text(json.dumps(results), errors="surrogateescape")
+    precision.picture(out / "predicted.png", rows, dataset, config.img_size, ("image", "prediction"))
+
+
+def one_by_one(images, device, prepare):
+    """Of each file that can be read its path, `prepare` of the Pillow image as a batch of one (1, C, H, W), normalised,
+    and its own height and width. What can't be read is said, and noted in `images.unreadable`."""
+    for path in tqdm(images.paths, unit="image", dynamic_ncols=True, disable=None):
+        try:
+            image, width, height = image_folder.decode(path)
+            image = image_folder.to_tensor(prepare(image))[None]
+        except Exception as error:  # whatever a decoder raises for a broken file
+            images.unreadable[path] = (str(error) or type(error).__name__).splitlines()[0]
+            tqdm.write(f"warning: skipped {on_screen(path)}: {images.unreadable[path]}", file=sys.stderr)
+            continue
+        yield path, data.normalise(data.to_device(image, device), images.mean, images.std), (height, width)
+
+
+def ended(images, shown, where, rows):
+    """Say what was written. Raises ValueError if no image could be read."""
+    if not rows:
+        raise ValueError(f"of {many(images)} none can be read")
+    if shown > ROWS:
+        print(f"… and {shown - ROWS:,} more")
+    unreadable = f", {len(images.unreadable):,} of which can't be read" * bool(images.unreadable)
+    print(f"predict: {many(images)}{unreadable}; all in {where}, the first in {where.with_name('predicted.png')}")
 
 
 def many(images):

@@ -255,29 +255,37 @@ def evaluate(model, split, img_size, batch_size, device, dtype, classes, inferen
 @torch.inference_mode()
 def draw(out, model, dataset, img_size, batch_size, device, dtype, inference):
     """Draw predictions.png in the folder `out`: test images, truth, prediction; pixels that are IGNORED are white."""
-    split, classes = dataset.test, len(dataset.classes)
+    split = dataset.test
     some = slice(0, len(split), math.ceil(len(split) / SHOWN))
     rows = []
     with probes.evaluating(model), probes.autocast(device, dtype):
         for images, masks in split.test_batches(img_size, 1, torch.device(device), some):
             predicted = predict(model, images, masks.shape[-2:], img_size, batch_size, inference).argmax(dim=1)
-            rows.append((images[0].float().cpu(), masks[0].cpu().numpy(), predicted[0].cpu().numpy()))
+            rows.append((images[0], masks[0].cpu().numpy(), predicted[0].cpu().numpy()))
+    picture(out / "predictions.png", rows, dataset, ("image", "truth", "prediction"))
+
+
+def picture(path, rows, dataset, titles):
+    """Draw rows of an image (C, h, w), normalised, and maps of classes (H, W), and what the colours mean."""
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (dataset.mean, dataset.std))
+    classes = len(dataset.classes)
     colors = palette(classes)
-    figure = Figure(figsize=(6, 2 * len(rows) + 0.5), layout="constrained")
-    axes, seen = figure.subplots(len(rows), 3, squeeze=False), set()
-    for title, panel in zip(("image", "truth", "prediction"), axes[0], strict=True):
+    figure = Figure(figsize=(2 * len(titles), 2 * len(rows) + 0.5), layout="constrained")
+    axes, seen = figure.subplots(len(rows), len(titles), squeeze=False), set()
+    for title, panel in zip(titles, axes[0], strict=True):
         panel.set_title(title, fontsize=9)
-    for row, (image, truth, prediction) in zip(axes, rows, strict=True):
-        pixels = (image * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
-        truth = np.where((truth >= 0) & (truth < classes), truth, classes)
-        seen |= set(truth.flat) | set(prediction.flat)
-        for panel, picture in zip(row, (pixels, colors[truth], colors[prediction]), strict=True):
-            panel.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    for row, (image, *maps) in zip(axes, rows, strict=True):
+        maps = [np.where((known >= 0) & (known < classes), known, classes) for known in maps]
+        seen.update(*(np.unique(known).tolist() for known in maps))
+        pixels = (image.float().cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+        for panel, seen_there in zip(row, (pixels, *(colors[known] for known in maps)), strict=True):
+            panel.imshow(seen_there, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             panel.axis("off")
     handles = [Patch(color=colors[i], label=dataset.classes[i][:20]) for i in sorted(seen - {classes})]
-    figure.legend(handles=handles[:24], loc="outside lower center", ncols=4, fontsize=7, frameon=False)
-    figure.savefig(out / "predictions.png", dpi=100)
+    figure.legend(
+        handles=handles[:24], loc="outside lower center", ncols=2 * len(titles) - 2, fontsize=7, frameon=False
+    )
+    figure.savefig(path, dpi=100)
 
 
 def palette(classes):

@@ -161,11 +161,8 @@ class Coco(image_folder.Folder):
         if (width, height) != (truth["width"], truth["height"]):
             raise ValueError(f"it has {width}x{height} pixels, its annotations {truth['width']}x{truth['height']}")
         if draw is None:
-            h, w = fitting(height, width, size)
-            image = image.resize((w, h), Image.Resampling.BILINEAR)
-            objects = None
-        else:
-            image, objects = jitter(image, truth["annotations"], size, draw)
+            return image_folder.to_tensor(framed(image, size)), torch.tensor(index), None
+        image, objects = jitter(image, truth["annotations"], size, draw)
         canvas = Image.new("RGB", size[::-1], image_folder.GREY)
         canvas.paste(image)
         return image_folder.to_tensor(canvas), torch.tensor(index), objects
@@ -183,6 +180,14 @@ class Coco(image_folder.Folder):
     def test_batches(self, *args):
         for images, index, _ in super().test_batches(*args):
             yield images, index, [self.truth(i) if i >= 0 else None for i in index.tolist()]
+
+
+def framed(image, size):
+    """A Pillow image, as large as fits, at the top left of one of size = (H, W) that is grey elsewhere."""
+    h, w = fitting(image.height, image.width, size)
+    canvas = Image.new("RGB", size[::-1], image_folder.GREY)
+    canvas.paste(image.resize((w, h), Image.Resampling.BILINEAR))
+    return canvas
 
 
 def jitter(image, annotations, size, draw):

@@ -221,7 +221,7 @@ ADDED = dict(
 # Of a run, what --task predict needs to do with images as it did.
 OF_THE_MODEL = (
     "arch data img_size pool pos_embed gelu pixels mask_ratio mask alpha teacher predictor_loss target target_weights "
-    "head"
+    "head inference window"
 ).split()
 
 

@@ -159,11 +159,7 @@ class Pairs(image_folder.Folder):
             raise ValueError(f"its mask has the class {wrong[0] + self.from_one}, and they go from {least} to {most}")
         mask[nothing] = IGNORED
         if draw is None:
-            times = max(size[0] / height, size[1] / width)
-            sides = max(size[1], round(width * times)), max(size[0], round(height * times))
-            if sides[0] * sides[1] > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"of {width}x{height} pixels it would become {sides[0]}x{sides[1]}")
-            image = image.resize(sides, Image.Resampling.BILINEAR)
+            image = covering(image, size)
         else:
             image, mask = augment(image, mask, size, draw)
         return image_folder.to_tensor(image), torch.from_numpy(mask.astype(np.int16))
@@ -203,6 +199,17 @@ def read_mask(file):
         if image.mode not in ("1", "L", "P", "I", "I;16"):
             raise ValueError(f"its mask is {image.mode}, and class numbers are grey or a palette; convert it")
         return np.asarray(ImageOps.exif_transpose(image)).astype(np.int64)
+
+
+def covering(image, size):
+    """A Pillow image as large as is needed to cover size = (H, W), its shape kept. Raises ValueError for a long strip,
+    which would become too large."""
+    (H, W), (width, height) = size, image.size
+    times = max(H / height, W / width)
+    sides = max(W, round(width * times)), max(H, round(height * times))
+    if sides[0] * sides[1] > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"of {width}x{height} pixels it would become {sides[0]}x{sides[1]}")
+    return image.resize(sides, Image.Resampling.BILINEAR)
 
 
 def augment(image, mask, size, draw):

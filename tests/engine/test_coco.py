@@ -1,6 +1,7 @@
 """COCO's layout, its jitter and its metric; and what runs of --task detect promise."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as rle
 
 import hpm
 import train
 import vit
-from downstream import precision
+from downstream import detection, precision
 from downstream.detection import Detections
 from engine import coco
 from engine.scenes import Objects, boxes_of
@@ -370,6 +372,46 @@ def test_a_run_is_scored_drawn_and_told(tiny, monkeypatch, capsys):
     with Image.open("run/predictions.png") as picture:
         assert picture.width > 300
     assert "AP_box" in capsys.readouterr().out
+
+
+def test_a_test_image_is_whole_at_the_top_left_of_grey():
+    """As the large-scale jitter at scale 1 would have it: 40 x 30 pixels in a square of 32."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
+    framed = np.asarray(coco.framed(image, (32, 32)))
+    np.testing.assert_array_equal(framed[:24], np.asarray(image.resize((32, 24), Image.Resampling.BILINEAR)))
+    assert (framed[24:] == [124, 116, 104]).all(), "ImageNet's mean colour, which becomes 0"
+    assert coco.framed(image, (20, 80)).size == (80, 20)
+
+
+def test_predicted_objects_are_where_the_image_has_them(tiny, no_figures, monkeypatch, capsys):
+    """--task predict, of a model that knows the truth: boxes and masks in pixels of the file, names of categories."""
+    windows = []
+    monkeypatch.setattr(detection, "use_windows", lambda encoder, side: windows.append(side))
+    assert run(f"{tiny} --steps 1 --window 2 --test-images 1 --out run") == 0
+    split = coco.load(Path("coco")).test
+    oracle = Oracle(split, (32, 32))
+    monkeypatch.setattr(detection.Detector, "forward", lambda self, images: oracle(images))
+    assert run("--task predict --init run --images coco/val2017") == 0
+    told = iter(json.loads(Path("run/predictions.json").read_text()))
+    for i in range(len(split)):
+        truth = split.truth(i)
+        for known in truth["annotations"]:
+            if not known["iscrowd"]:
+                one = next(told)
+                assert (one["file"], one["category"]) == (
+                    f"coco/val2017/{truth['file_name']}",
+                    split.classes[known["category_id"]],
+                )
+                assert one["bbox"] == pytest.approx(known["bbox"], abs=1e-4)
+                assert one["score"] == pytest.approx(0.9)
+                assert rle.area(one["segmentation"]) == known["area"]
+                assert rle.toBbox(one["segmentation"]).tolist() == known["bbox"]
+    assert next(told, None) is None
+    assert windows == [2, 2], "of the run, and of its model when it predicts"
+    said = capsys.readouterr().out
+    assert re.search(r"^1\.png +0\.90 ball \| 0\.90 cat$", said, re.M)
+    assert re.search(r"^4\.png +nothing$", said, re.M)
+    assert Image.open("run/predicted.png").width > 300
 
 
 def test_a_run_goes_on_bit_for_bit(tiny, no_figures, monkeypatch):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import train
 import vit
-from downstream import segmentation
+from downstream import predict, segmentation
 from engine import checkpoint as run_folder
 from engine import weights
 from tests.engine.runs import checkpoint, different, log, one_line, run, watch
@@ -444,6 +444,53 @@ def test_a_run_learns_scores_draws_and_says_so(pairs, capsys):
     assert checkpoint("run")["config"]["decay"] == "linear"
 
 
+@pytest.mark.parametrize("inference", ["slide", "whole"])
+def test_masks_of_predicted_images_have_the_runs_own_score(inference, pairs, no_figures, monkeypatch, capsys):
+    """--task predict writes class numbers, of the size of each image: against the true masks, by loops, their
+    intersection over union is what the run's test says. Those of ADE20K's classes begin with 1, as its own masks."""
+    # Few steps call everything background, unless the last layer starts with more than nearly 0.
+    monkeypatch.setattr(segmentation, "last", lambda inputs, classes, _: nn.Conv2d(inputs, classes, 1))
+    for kind in ("images", "masks"):  # a wide one
+        with Image.open(f"pairs/val/{kind}/1.png") as wide:
+            wide.resize((50, 18), Image.Resampling.NEAREST).save(f"pairs/val/{kind}/1.png")
+    assert run(f"{SHORT} --steps 2 --lr 0.0001 --inference {inference} --out run") == 0
+    Path("pairs/val/images/broken.png").write_bytes(b"nothing")
+    assert run("--task predict --init run --images pairs/val/images") == 0
+    truths, masks = [], []
+    for i in range(3):
+        truths.append(np.asarray(Image.open(f"pairs/val/masks/{i}.png")))
+        masks.append(np.asarray(Image.open(f"run/predictions/{i}.png.png")))
+        assert masks[-1].shape == truths[-1].shape
+    true, guess = (np.concatenate([one.ravel() for one in ones]) for ones in (truths, masks))
+    pairs_of = [pair for pair in zip(true.tolist(), guess.tolist(), strict=True) if pair[0] != 255]
+    assert len({m for _, m in pairs_of}) > 1, "one class everywhere would be right by chance"
+    overlaps = []
+    for k in range(3):
+        union = sum(k in pair for pair in pairs_of)
+        overlaps += [sum(pair == (k, k) for pair in pairs_of) / union] if union else []
+    result = json.loads(Path("run/result.json").read_text())
+    assert result["miou"] == pytest.approx(np.mean(overlaps))
+    assert result["pixel_accuracy"] == pytest.approx(np.mean([t == m for t, m in pairs_of]))
+    said = capsys.readouterr().out
+    assert "4 images, 1 of which can't be read" in said
+    share = max(np.mean(masks[0] == k) for k in range(3))
+    assert f"{share:6.1%}" in next(line for line in said.splitlines() if line.startswith("0.png"))
+    assert Image.open("run/predicted.png").width > 200
+
+    saved = checkpoint("run")
+    torch.save(saved | {"config": saved["config"] | {"data": "ade20k:pairs"}}, "ade.pt")
+    assert run("--task predict --init ade.pt --images pairs/val/images/0.png --out ade") == 0
+    np.testing.assert_array_equal(np.asarray(Image.open("ade/predictions/0.png.png")), masks[0] + 1)
+
+
+def test_the_largest_of_many_logits_is_found_class_by_class():
+    logits = picture(1, 7, 5, 6)
+    for size in ((5, 6), (11, 7)):
+        whole = F.interpolate(logits, size, mode="bilinear")[0].argmax(dim=0)
+        assert len(whole.unique()) == 7
+        torch.testing.assert_close(predict.largest(logits, size), whole)
+
+
 def test_an_interrupted_run_goes_on_bit_for_bit(pairs, no_figures, monkeypatch):
     """With dropout and stochastic depth: weights, running statistics, moments, and what is logged."""
     command = f"{SHORT} --dropout 0.2 --drop-path 0.2"
@@ -612,14 +659,6 @@ def test_what_does_not_fit_is_refused_in_one_line(command, words, pairs, capsys)
     assert run(command) == 2
     message = one_line(capsys)
     assert all(word in message for word in words), message
-
-
-def test_predict_says_that_it_has_no_words_for_a_map(pairs, no_figures, capsys):
-    assert run(f"{SHORT} --steps 1 --out run".replace("--steps 4 ", "").replace("--warmup 1", "--warmup 0")) == 0
-    assert run("--task predict --init run --images pairs/val/images") == 2
-    message = one_line(capsys)
-    assert "--task segment" in message
-    assert "finetune" in message
 
 
 def test_a_class_number_above_the_count_never_scores(pairs, no_figures, capsys):
