@@ -272,6 +272,8 @@ def segment(config, model, dataset, out):
             how = config.img_size, config.micro_batch, config.inference
             with probes.autocast(config.device, config.dtype):
                 logits = segmentation.predict(model, image, sides, *how)  # (1, K, *sides)
+            if not logits.isfinite().all():
+                raise ValueError("the logits are not finite: something went wrong in this model's training")
             predicted = largest(logits.float(), size).byte().cpu().numpy()
             mask = Image.fromarray(predicted + from_one)
             mask.putpalette(colors)
@@ -296,11 +298,10 @@ def segment(config, model, dataset, out):
 def largest(logits, size):
     """The class with the largest logit, at another size: (1, K, h, w) -> (H, W). Class by class: those of 12 million
     pixels and 150 classes would take 7 GB."""
-    best, classes = None, None
-    for k in range(logits.shape[1]):
-        one = segmentation.resize(logits[:, k : k + 1], size)[0, 0]
-        if best is None:
-            best, classes = one, torch.zeros_like(one, dtype=torch.int64)
+    best = logits.new_full(size, -torch.inf)
+    classes = torch.zeros_like(best, dtype=torch.int64)
+    for k, one in enumerate(logits.unbind(dim=1)):  # (1, h, w)
+        one = segmentation.resize(one[None], size)[0, 0]
         better = one > best
         best, classes = torch.where(better, one, best), classes.masked_fill(better, k)
     return classes
@@ -332,7 +333,7 @@ def detect(config, model, dataset, out):
             shown += 1
     ended(images, shown, out / "predictions.json", rows)
     with files.whole(out / "predictions.json") as part:
-        part.write_text(json.dumps(results), errors="surrogateescape")
+        part.write_text(json.dumps(results))
     precision.picture(out / "predicted.png", rows, dataset, config.img_size, ("image", "prediction"))
 
 
