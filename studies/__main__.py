@@ -1,6 +1,8 @@
 """Write docs/STUDIES.md from all results: `python -m studies`."""
 
+import collections
 import importlib
+import re
 
 from studies import study
 
@@ -47,6 +49,19 @@ def section(name):
     return "\n".join(lines)
 
 
+def overview():
+    """How many claims of each study have which verdict: lines of Markdown."""
+    verdicts = "shown", "not shown", "the opposite"
+    lines = [f"| claims | {' | '.join(verdicts)} |", "| --- | --- | --- | --- |"]
+    for name in names():
+        module = importlib.import_module(f"studies.{name}")
+        title = module.__doc__.partition("\n")[0].rstrip(".")
+        anchor = re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")  # as GitHub makes it
+        counts = collections.Counter(map(study.verdict, module.claims(study.read(name))))
+        lines.append(f"| [{title}](#{anchor}) | {' | '.join(str(counts[verdict]) for verdict in verdicts)} |")
+    return "\n".join(lines) + "\n"
+
+
 def difference(values):
     """Mean and half width of the interval, in words; of a single value there is none."""
     if len(values) < 2:
@@ -87,8 +102,8 @@ def waiting():
 
 def page():
     more = [f"[`{name}`](../studies/{name}.py)" for name in waiting()]
-    sections = [f"Without results yet: {', '.join(more)}.\n"] * bool(more) + [section(name) for name in names()]
-    return START + "\n" + "\n".join(sections)
+    without = [f"Without results yet: {', '.join(more)}.\n"] * bool(more)
+    return "\n".join([START, overview(), *without, *map(section, names())])
 
 
 if __name__ == "__main__":
