@@ -14,7 +14,7 @@ RUNS = {
     for target in TARGETS
     for name, task in (("MAE", "mae"), ("HPM", "hpm"))
 }
-PROBES = dict(linear=study.PROBES["linear"])  # of frozen features
+PROBES = {name: study.PROBES[name] for name in ("linear", "knn")}  # of frozen features
 SEEDS = range(3)
 TABLE = {title: where for title, where in study.FIGURES.items() if where[0] in ("train", *PROBES)} | study.TEACHERS
 
