@@ -20,8 +20,8 @@ told from another it is 0.08. Where objects are is learned within 100 steps, wha
 | 2e-2, 0.8, 4,200 of 16 | 0.437 | 0.526 | 0.620 |
 | 5e-3, 0.65, 8,400 of 8 | 0.482 | 0.563 | 0.604 |
 
-With 1e-2, 0.65 and 3,000 steps of 16, seed 0, 1,000 test scenes: 0.554. On those the recipe has 0.593 with this seed:
-they are harder than the first 500 of them.
+With 1e-2, 0.65 and 3,000 steps of 16, seed 0, 1,000 test scenes: 0.554. There the recipe has 0.593 with this seed:
+those are harder than the 500.
 AP of boxes with a peak of 1e-3 and 400 steps: 0.136 after 200, 0.213 after 400; with 1.6e-2: 0.030 after 200; with 3e-3
 and 1,200 steps, the recipe: 0.224 after 300, 0.405 after 600.
 """
