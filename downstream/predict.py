@@ -178,13 +178,17 @@ class Images:
             crop_pct = None if self.stretched else 1.0 if self.whole or max(size) > 224 else 7 / 8
             image = image_folder.read_image(path, size, None, None, crop_pct=crop_pct)
         except Exception as error:  # whatever a decoder raises for a broken file
-            self.unreadable[path] = (str(error) or type(error).__name__).splitlines()[0]
-            tqdm.write(f"warning: skipped {on_screen(path)}: {self.unreadable[path]}", file=sys.stderr)
+            self.skip(path, error)
             image = torch.zeros(3, *size, dtype=torch.uint8)
         if len(self.mean) == 1:  # by Pillow's integers: grey stays as it is
             image = (image.int() * torch.tensor([19595, 38470, 7471]).view(3, 1, 1)).sum(dim=0, keepdim=True)
             image = ((image + 2**15) >> 16).byte()
         return image
+
+    def skip(self, path, error):
+        """Say and note that a file can't be read."""
+        self.unreadable[path] = (str(error) or type(error).__name__).splitlines()[0]
+        tqdm.write(f"warning: skipped {on_screen(path)}: {self.unreadable[path]}", file=sys.stderr)
 
     def test_batches(self, size, batch_size, device, shard=slice(None)):
         """As of `data.InMemory`."""
@@ -240,8 +244,7 @@ def tell(config, model, dataset, out):
         print(f"… and {len(rows) - ROWS:,} more")
     if len(images.unreadable) == len(rows):
         raise ValueError(f"of {many(images)} none can be read; {path} says why")
-    unreadable = f", {len(images.unreadable):,} of which can't be read" * bool(images.unreadable)
-    print(f"predict: {many(images)}{unreadable}; all in {path}")
+    print(f"predict: {what_came_of(images)}; all in {path}")
 
 
 def draw(config, model, dataset, out):
@@ -345,8 +348,7 @@ def one_by_one(images, device, prepare):
             image, width, height = image_folder.decode(path)
             image = image_folder.to_tensor(prepare(image))[None]
         except Exception as error:  # whatever a decoder raises for a broken file
-            images.unreadable[path] = (str(error) or type(error).__name__).splitlines()[0]
-            tqdm.write(f"warning: skipped {on_screen(path)}: {images.unreadable[path]}", file=sys.stderr)
+            images.skip(path, error)
             continue
         yield path, data.normalise(data.to_device(image, device), images.mean, images.std), (height, width)
 
@@ -357,12 +359,15 @@ def ended(images, shown, where, rows):
         raise ValueError(f"of {many(images)} none can be read")
     if shown > ROWS:
         print(f"… and {shown - ROWS:,} more")
-    unreadable = f", {len(images.unreadable):,} of which can't be read" * bool(images.unreadable)
-    print(f"predict: {many(images)}{unreadable}; all in {where}, the first in {where.with_name('predicted.png')}")
+    print(f"predict: {what_came_of(images)}; all in {where}, the first in {where.with_name('predicted.png')}")
 
 
 def many(images):
     return f"{len(images):,} image{'s' * (len(images) != 1)}"
+
+
+def what_came_of(images):
+    return many(images) + f", {len(images.unreadable):,} of which can't be read" * bool(images.unreadable)
 
 
 def on_screen(text, width=40):

@@ -483,6 +483,23 @@ def test_masks_of_predicted_images_have_the_runs_own_score(inference, pairs, no_
     np.testing.assert_array_equal(np.asarray(Image.open("ade/predictions/0.png.png")), masks[0] + 1)
 
 
+def test_what_can_not_be_segmented_is_refused_in_one_line(pairs, no_figures, capsys):
+    """No readable image; weights that are no numbers. Nothing is written."""
+    assert run(f"{SHORT} --steps 1 --warmup 0 --out run") == 0
+    Path("broken").mkdir()
+    Path("broken/a.png").write_bytes(b"nothing")
+    saved = checkpoint("run")
+    saved["model"]["head.1.bias"].fill_(math.nan)
+    torch.save(saved, "nan.pt")
+    before = set(Path().rglob("*"))
+    for init, images, words in (("run", "broken", "none can be read"), ("nan.pt", "pairs/val/images", "not finite")):
+        capsys.readouterr()
+        assert run(f"--task predict --init {init} --images {images}") == 2
+        [error] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert words in error
+    assert set(Path().rglob("*")) == before
+
+
 def test_the_largest_of_many_logits_is_found_class_by_class():
     logits = picture(1, 7, 5, 6)
     for size in ((5, 6), (11, 7)):
