@@ -383,6 +383,18 @@ def test_a_test_image_is_whole_at_the_top_left_of_grey():
     assert coco.framed(image, (20, 80)).size == (80, 20)
 
 
+def test_the_picture_shows_what_has_a_score_above_a_half(tmp_path):
+    dataset, sides = coco.load(write_coco(tmp_path / "coco")), (32, 32)
+    truth, pictures = dataset.test.truth(0), {}
+    for score in (None, 0.4, 0.6):
+        found = [] if score is None else precision.results_of(perfect(truth, sides, score=score), truth, sides)
+        row = torch.zeros(3, *sides), truth, found
+        precision.picture(tmp_path / "p.png", [row], dataset, sides, ("image", "prediction"))
+        pictures[score] = np.asarray(Image.open(tmp_path / "p.png"))
+    assert (pictures[0.4] == pictures[None]).all()
+    assert (pictures[0.6] != pictures[None]).any(axis=-1).mean() > 0.02
+
+
 def test_predicted_objects_are_where_the_image_has_them(tiny, no_figures, monkeypatch, capsys):
     """--task predict, of a model that knows the truth: boxes and masks in pixels of the file, names of categories."""
     windows = []
