@@ -483,7 +483,7 @@ def draw_figures(config, out, model, dataset, alpha):
     if distributed.RANK == 0:
         plots.plot_curves(out)
     if config.task in AUTOENCODERS:
-        plots.plot_masks(out, model, dataset, config.img_size, alpha, config.seed, config.device, config.dtype)
+        probes.plot_masks(out, model, dataset, config.img_size, alpha, config.seed, config.device, config.dtype)
     if config.task == "segment" and distributed.RANK == 0:
         segmentation.draw(out, model, dataset, *how_to_evaluate(config), config.inference)
     if config.task == "detect":

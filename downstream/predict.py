@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import data
 from downstream import detection, precision, probes, segmentation
-from engine import coco, distributed, files, image_folder, pairs, plots, weights
+from engine import coco, distributed, files, image_folder, pairs, weights
 from engine.recipes import AUTOENCODERS, CLASSIFIERS, DENSE
 
 TASKS = (*CLASSIFIERS, "linear", *AUTOENCODERS, *DENSE)  # whose models have something to say
@@ -248,7 +248,7 @@ def tell(config, model, dataset, out):
 
 
 def draw(config, model, dataset, out):
-    """Write predictions.png: `plots.plot_masks` of the first images that can be read, with the masks of a run's end."""
+    """Write predictions.png: `probes.plot_masks` of the first images that can be read, as at a run's end."""
     images, given = dataset.test, many(dataset.test)
     readable = (p for p in images.paths if images.read(p, config.img_size) is not None and p not in images.unreadable)
     images.paths = list(itertools.islice(readable, PICTURES))
@@ -256,7 +256,7 @@ def draw(config, model, dataset, out):
         raise ValueError(f"of {given} none can be read")
     with tempfile.TemporaryDirectory(dir=out) as folder:  # masks.png in `out` is the run's own
         how = config.img_size, config.alpha[1], config.seed, config.device, config.dtype
-        plots.plot_masks(Path(folder), model, dataset, *how)
+        probes.plot_masks(Path(folder), model, dataset, *how)
         Path(folder, "masks.png").replace(out / "predictions.png")
     print(f"predict: {out / 'predictions.png'} shows, from the top, {', '.join(map(on_screen, images.paths))}")
 

@@ -2,6 +2,7 @@
 
     evaluate               loss and accuracy of a classifier
     evaluate_pretraining   reconstruction loss of masked images; whether HPM knows its own, and where objects are
+    plot_masks             masks.png: what a masked autoencoder sees and rebuilds
     extract                frozen features, for
     nearest_neighbours     a vote of the most similar training images (DINO)
     few_shot               least squares from a few examples of each class (ViT)
@@ -19,6 +20,7 @@ import math
 import os
 
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
@@ -123,6 +125,54 @@ def evaluate_pretraining(model, split, img_size, batch_size, device, dtype="floa
     return scores | {
         "test_object_auc": auc / seen, "test_object_auc_at_place": at_place, "test_hard_ratio": hard / rec
     }  # fmt: skip
+
+
+@torch.inference_mode()
+def plot_masks(out, model, dataset, img_size, hard_fraction, seed, device, dtype="float32"):
+    """Draw masks.png: test images, the teacher's predicted loss, the mask drawn from it, the reconstruction.
+
+    model: an `hpm.HPM`; its masks are of the kind that it trains with, drawn from the seed, and α_t is hard_fraction.
+    All processes have to call it, for the model may be in shards; the first one draws.
+    """
+    encoder, split = model.student.encoder, dataset.test
+    rows = slice(0, len(split), math.ceil(len(split) / 6))
+    n = len(range(len(split))[rows])
+    images, _ = next(split.test_batches(img_size, n, torch.device(device), rows))  # (n, C, H, W), n <= 6
+    noise = data.draw_noise(n, math.prod(encoder.grid), model.noise_columns, seed, 0, device)
+    with evaluating(model), autocast(device, dtype):
+        seen = model(images, noise, hard_fraction)
+    if distributed.RANK:
+        return
+    patches = vit.patchify(images, encoder.patch_size)  # (n, N, P*P*C)
+    hidden = seen["hidden"][..., None].expand(-1, -1, patches.shape[-1])  # (n, hidden, P*P*C)
+    columns = {"image": images}
+    if seen["teacher_loss"] is not None:
+        columns["predicted loss"] = images
+    columns["mask"] = vit.unpatchify(patches.scatter(1, hidden, 0.0), encoder.patch_size, encoder.grid)
+    if model.target in ("pixels", "norm-pixels"):
+        prediction, title = seen["prediction"].float(), "reconstruction"
+        if model.target == "norm-pixels":
+            _, mean, std = hpm.normalise_patches(patches.gather(1, hidden))
+            prediction = prediction * std + mean
+            title = "reconstruction, with the true mean\nand standard deviation of each patch"
+        columns[title] = vit.unpatchify(patches.scatter(1, hidden, prediction), encoder.patch_size, encoder.grid)
+
+    figure = Figure(figsize=(2 * len(columns), 2 * n), layout="constrained")
+    axes = figure.subplots(n, len(columns), squeeze=False)
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (dataset.mean, dataset.std))
+    for column, (title, pictures) in enumerate(columns.items()):
+        axes[0, column].set_title(title, fontsize=9)
+        for row, picture in enumerate(pictures.float().cpu()):
+            panel, pixels = axes[row, column], (picture * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+            panel.axis("off")
+            if title == "predicted loss":
+                panel.imshow(pixels.mean(axis=-1), cmap="gray", vmin=0, vmax=1)
+                heat = seen["teacher_loss"][row].float().reshape(encoder.grid).cpu().numpy()
+                extent = (-0.5, pixels.shape[1] - 0.5, pixels.shape[0] - 0.5, -0.5)
+                panel.imshow(heat, cmap="viridis", alpha=0.65, extent=extent)
+            else:
+                panel.imshow(pixels, cmap="gray", vmin=0, vmax=1)
+    figure.savefig(out / "masks.png", dpi=100)
 
 
 def patches_with_objects(objects, patch_size):

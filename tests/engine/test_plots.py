@@ -1,4 +1,4 @@
-"""What engine/plots.py promises: figures that show what is in the log, and what the model saw and said."""
+"""What engine/plots.py and probes.plot_masks promise: what is in the log, and what the model saw and said."""
 
 import json
 
@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 import data
 import hpm
 import vit
+from downstream import probes
 from engine import distributed, plots
 from tests.engine.runs import PLAIN
 
@@ -110,7 +111,7 @@ def test_masks_show_image_predicted_loss_mask_and_reconstruction(target, tmp_pat
     model, dataset = pictured(target)
     said = []
     model.register_forward_hook(lambda module, given, out: said.append((*given, out, module.training)))
-    plots.plot_masks(tmp_path, model, dataset, (16, 16), 0.5, 3, "cpu")
+    probes.plot_masks(tmp_path, model, dataset, (16, 16), 0.5, 3, "cpu")
     assert model.training
     images, noise, hard_fraction, out, training = said[0]
     assert not training, "no dropout"
@@ -152,7 +153,7 @@ def test_masks_of_grey_images_that_are_not_square(tmp_path, figures):
     images, labels = torch.full((3, 1, 16, 24), 255, dtype=torch.uint8), torch.zeros(3).long()
     dataset = data.Dataset("photos", ["a"], (0.0,), (1.0,), None, data.InMemory(images, labels, (0.0,), (1.0,)))
     model.eval()
-    plots.plot_masks(tmp_path, model, dataset, (16, 24), 0.0, 0, "cpu")
+    probes.plot_masks(tmp_path, model, dataset, (16, 24), 0.0, 0, "cpu")
     assert not model.training, "as it was"
     axes = np.array(figures[0][0].axes).reshape(3, 3)
     assert [panel.get_title() for panel in axes[0]] == ["image", "mask", "reconstruction"]
@@ -169,7 +170,7 @@ def test_of_several_processes_the_first_draws(tmp_path, figures, monkeypatch):
     model, dataset = pictured()
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
-    plots.plot_masks(tmp_path, model, dataset, (16, 16), 0.5, 0, "cpu")
+    probes.plot_masks(tmp_path, model, dataset, (16, 16), 0.5, 0, "cpu")
     assert calls == [1]
     assert figures == []
 
@@ -177,6 +178,6 @@ def test_of_several_processes_the_first_draws(tmp_path, figures, monkeypatch):
 def test_figures_are_png_files(tmp_path):
     write_log(tmp_path, [{"step": 1, "loss": 3.0}])
     plots.plot_curves(tmp_path)
-    plots.plot_masks(tmp_path, *pictured(n=1), (16, 16), 0.5, 0, "cpu")
+    probes.plot_masks(tmp_path, *pictured(n=1), (16, 16), 0.5, 0, "cpu")
     for name in ("curves.png", "masks.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

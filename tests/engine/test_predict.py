@@ -18,8 +18,8 @@ from PIL import Image, ImageOps
 import data
 import train
 import vit
-from downstream import predict
-from engine import distributed, image_folder, plots
+from downstream import predict, probes
+from engine import distributed, image_folder
 from tests.engine.pictures import CPU, pixels, save_image
 from tests.engine.runs import PLAIN, coloured, small_photos
 from tests.engine.test_data import CIFAR, archive, cifar_members
@@ -346,8 +346,8 @@ def test_an_autoencoder_draws_what_it_masks(task, runs, monkeypatch, capsys):
     Path("pictures/val", CLASSES[0], "0, a.png").write_text("no image")
     Path(task, "masks.png").write_text("the run's own")
     drawn, seen, before = [], [], contents(runs)
-    original = plots.plot_masks
-    monkeypatch.setattr(plots, "plot_masks", lambda *given: drawn.append(given) or original(*given))
+    original = probes.plot_masks
+    monkeypatch.setattr(probes, "plot_masks", lambda *given: drawn.append(given) or original(*given))
     monkeypatch.setattr(predict.Images, "test_batches", keeping(predict.Images.test_batches, seen))
     assert predict_images(task, "pictures/val") == 0
     [(_, model, dataset, img_size, alpha, seed, device, dtype)] = drawn
