@@ -64,6 +64,19 @@ def pair(text):
     return first, second
 
 
+def crop(text):
+    """A pad, 2, or two shares, 0.2,1."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        low, high = numbers(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no crop; give a pad, as 2, or two shares, as 0.2,1") from None
+    return low, high
+
+
 def gelu(text):
     """PyTorch calls the exact GELU "none", and so did older runs."""
     return "exact" if text == "none" else text
@@ -105,8 +118,8 @@ class Config:
     """All that a run is told. `main`, the building of models and the loop read it; what they call takes values."""
 
     task: str = flag("T", " | ".join(TASKS), str, TASKS)
-    arch: str = flag("A", "vit_{ti,s,b,l,h}{8,14,16,32} | vit_micro4 | r50_vit_b16 … | resnet50 …; default vit_b16",
-                     str, ARCHS)
+    arch: str = flag("A", "vit_{ti,s,b,l,h}{8,14,16,32} | vit_micro{4,7,8} | r50_vit_b16 … | resnet50 …; default "
+                     "vit_b16", str, ARCHS)
     data: str = flag("D", f"photos (default), {', '.join(data.NAMES[1:])}")
     data_dir: str | None = flag("DIR", "where data files are and go; default $VIT_DATA, else data/", path, None,
                                 WITH_DATA)
@@ -124,7 +137,7 @@ class Config:
     out: str | None = flag("DIR", "run folder; default runs/TASK-ARCH-DATA", path, saved=False)
     overwrite: bool = flag("", "replace the run that is in --out", bool, None, WITH_DATA, saved=False)
     resume: bool = flag("", "go on with the run that is in --out", bool, None, WITH_DATA, saved=False)
-    img_size: tuple[int, int] = flag("PX", "224, or HxW: 192x256; default 224, vit_micro4: the data's own", image_size,
+    img_size: tuple[int, int] = flag("PX", "224, or HxW: 192x256; default 224, vit_micro: the data's own", image_size,
                                      Range(lambda v: 1 <= min(v) <= max(v) <= 4096,
                                            "one size up to 4096 pixels, or two, as 192x256"))
     epochs: float | None = flag("N", "length of the run in epochs …", float,
@@ -150,6 +163,9 @@ class Config:
                               Range(lambda v: 0 < v <= 1, "a factor in (0, 1]"), (*CLASSIFIERS, *DENSE))
     weight_decay: float = flag("W", "decoupled; none on biases, norms, positions; on tokens in mae, hpm",
                                float, UP_TO_1000, TRAINED)
+    crop: int | tuple[float, float] | None = flag(
+        "C", "in training: 2, shift by up to 2 pixels; 0.2,1, resize a part of 20 to 100 %% of the area", crop, CROPS,
+        (*CLASSIFIERS, *PRETRAINING))
     dropout: float = flag("P", "this and the next three in [0, 1); default the recipe's", float, PROBABILITY,
                           (*CLASSIFIERS, "mpp", "segment"))
     drop_path: float = flag("P", "stochastic depth", float, PROBABILITY, (*CLASSIFIERS, "mpp", *DENSE))
@@ -199,8 +215,6 @@ class Config:
                           ("slide", "whole"), ("segment",))
     window: int = flag("N", "all but four blocks attend within N x N patches, 0: none does; default for coco: 14", int,
                        Range(lambda v: 0 <= v <= 1000, "a whole number of at least 0, at most 1000"), ("detect",))
-    # The pad of a padded crop, the scale of a random resized crop, or None; each recipe has its own.
-    crop: int | tuple[float, float] | None = flag(None, "of training images", allowed=CROPS)
 # fmt: on
 
 
@@ -291,7 +305,8 @@ def configure(given):
         default(pool="mean" if (values.task, values.optimizer) == ("finetune", "adamw") else "cls")
         default(pos_embed=arch.get("pos_embed", "1d"))
         native = data.NATIVE_SIZE.get(values.data, 32)
-        if native >= 7 * arch["patch_size"]:  # fewer patches are too few
+        rows = native / arch["patch_size"]
+        if rows >= 7 or (values.arch, rows) == ("vit_micro7", 4):  # elsewhere fewer patches are too few
             default(img_size=(native, native))
     side = recipes.side_of(values.task, values.arch, values.data, values.optimizer)
     default(img_size=(side, side), polyak=0.0)
@@ -302,7 +317,7 @@ def configure(given):
     images = len(dataset.train) if dataset else 0
     recipe = recipes.recipe_of(values.task, values.arch, values.data, values.optimizer, images)
     default(**{name: recipe[name] for name in ("weight_decay", *recipes.OFF)}, decay=recipe.get("decay", "cosine"))
-    default(window=recipe.get("window", 0))
+    default(window=recipe.get("window", 0), crop=recipe["crop"])
     most = recipe["batch_size"]
     default(batch_size=most if values.task in NOT_TRAINED else recipes.batch_of(most, images))
     default(lr=(recipe["lr"] * values.batch_size / 256,))
@@ -319,7 +334,7 @@ def configure(given):
         steps = recipe["warmup_epochs"] * images / values.batch_size
         default(warmup=round(min(steps, values.steps / 2)))
     default(warmup=round(min(recipe.get("warmup", 0) * values.steps, recipe.get("warmup_steps", math.inf))))
-    config = Config(**vars(values), crop=recipe["crop"])
+    config = Config(**vars(values))
     check(config)
     return config, dataset
 
@@ -562,6 +577,7 @@ def check_use(given, config):
         ("target_weights", config.target not in hpm.FROZEN_TARGETS, "without --target dino or clip"),
         ("randaugment", not str(config.data).startswith(data.IN_FILES) or str(config.data).startswith("vtab:"),
          "but with images that are decoded and cropped, as of folder:PATH"),
+        ("crop", str(config.data).startswith("scenes"), "with scenes, which are others in every epoch"),
         ("head", config.arch in resnet.RESNETS, f"for {config.arch}, which has one layer"),
         ("workers", not in_files and config.task != "predict", "but with images of files, as of folder:PATH"),
         ("data_dir", not downloaded, "but with data that are downloaded, as fashion-mnist"),

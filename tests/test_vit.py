@@ -784,7 +784,7 @@ def test_b_l_and_h_have_the_papers_parameter_counts(arch, paper):
 
 def test_every_arch_has_a_name_and_the_width_depth_and_heads_of_its_size():
     names = {f"vit_{size}{patch}": (size, patch) for size in TABLE_1 for patch in (8, 14, 16, 32)}
-    assert vit.ARCHS.keys() == names.keys() | {"vit_micro4", "vit_micro8"}
+    assert vit.ARCHS.keys() == names.keys() | {"vit_micro4", "vit_micro7", "vit_micro8"}
     for arch, (size, patch) in names.items():
         D, L, k = TABLE_1[size]
         assert vit.ARCHS[arch] == dict(patch_size=patch, dim=D, depth=L, num_heads=k), arch
@@ -809,8 +809,11 @@ def test_a_vit_is_vit_b_16_unless_told_otherwise():
         assert isinstance(model.norm_pre, nn.Identity)
 
 
-@pytest.mark.parametrize(("img_size", "patch_size", "dim"), [(28, 4, 64), (32, 4, 64), (64, 8, 96)])
-def test_micro_is_small_and_made_for_small_images(img_size, patch_size, dim):
+@pytest.mark.parametrize(
+    ("img_size", "patch_size", "dim", "fused"),
+    [(28, 4, 64, {}), (32, 4, 64, {}), (28, 7, 64, {"fused": False}), (64, 8, 96, {})],
+)
+def test_micro_is_small_and_made_for_small_images(img_size, patch_size, dim, fused):
     """At most 0.9M parameters without a head. The sizes are ours: depth 6, 4 heads, MLP twice as wide."""
     arch = f"vit_micro{patch_size}"
     model = meta(arch, img_size)
@@ -818,7 +821,7 @@ def test_micro_is_small_and_made_for_small_images(img_size, patch_size, dim):
     assert parameters(model) - parameters(model.head) <= 900_000
     assert model(torch.zeros(2, 3, img_size, img_size, device="meta")).shape == (2, 1000)
     assert vit.ARCHS[arch] == dict(
-        patch_size=patch_size, dim=dim, depth=6, num_heads=4, mlp_ratio=2, pos_embed="sincos"
+        patch_size=patch_size, dim=dim, depth=6, num_heads=4, mlp_ratio=2, pos_embed="sincos", **fused
     ), "checkpoints of all users of this arch would not fit any more"
 
 

@@ -21,8 +21,8 @@ import data
 import train
 import vit
 from downstream import probes, segmentation
+from engine import augment, distributed, image_folder
 from engine import config as flags
-from engine import distributed, image_folder
 from tests.engine.runs import BLOCKS, MICRO, PLAIN, Enough, run, settings, small_photos, write_images
 from tests.engine.test_coco import write_coco
 from tests.engine.test_segmentation import write_pairs
@@ -306,6 +306,17 @@ def is_box(inside):
         and inside.sum() == rows.sum() * columns.sum()
         and torch.equal(inside, rows[:, None] & columns)
     )
+
+
+def cropped(steps_of, command):
+    """Which crop is made of the images that are trained on: its pad, or its scale."""
+    seen, (shift, resize) = [], (augment.padded_crop, augment.random_resized_crop)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "fashion_mnist", lambda path: small_photos()._replace(name="fashion-mnist"))
+        patch.setattr(augment, "padded_crop", lambda *args: seen.append(args[2]) or shift(*args))
+        patch.setattr(augment, "random_resized_crop", lambda *args: seen.append(args[3]) or resize(*args))
+        first(steps_of, command)
+    return seen
 
 
 def erased(steps_of, command):
@@ -685,6 +696,10 @@ TABLE = {
     "--dropout": (MICRO, {"": (0.0, {0.0}), "--dropout 0.3": (0.3, {0.3})}, rates_of_dropout),
     "--drop-path": (MICRO, {"": [0, 0, 0], "--drop-path 0.4": [0, 0.2, 0.4]}, rates_of_drop_path),
     "--smoothing": (MICRO, {"": 0.0, "--smoothing 0.3": 0.3}, smoothing),
+    "--crop": (f"{MICRO} --data fashion-mnist", {
+        "": [0], "--crop 2": [2], "--crop 0.3,0.5": [(0.3, 0.5)],
+        "--task mae": [(0.5, 1.0)], "--task mae --crop 1": [1],
+    }, cropped),
     "--erasing": (BIG, {"": 0.0, "--erasing 0.25": 0.25, "--erasing 0.75": 0.75}, erased),
     "--mixup": (BIG, {  # the standard deviation of Beta(a, a) is 1 / 2√(2a + 1)
         "": ({"own"}, 0.0), "--mixup 0.8": ({"blend"}, 0.310), "--mixup 8": ({"blend"}, 0.121),
@@ -797,6 +812,7 @@ USES = {
     "--polyak 0.5": CLASSIFY, "--layer-decay 0.3": f"{CLASSIFY} {DENSE}", "--weight-decay 0.4": TRAINED,
     "--dropout 0.3": f"{CLASSIFY} mpp segment", "--drop-path 0.3": f"{CLASSIFY} mpp {DENSE}",
     "--smoothing 0.3": f"{CLASSIFY} linear",
+    "--crop 0.1,0.2": f"{CLASSIFY} mpp mae hpm",
     "--erasing 0.9": CLASSIFY, "--mixup 0.5": CLASSIFY, "--cutmix 0.5": CLASSIFY, "--randaugment 5": CLASSIFY,
     "--head mlp": "supervised", "--pool": f"{CLASSIFY} linear knn fewshot predict",
     "--pos-embed none": f"{CLASSIFY} mpp linear knn fewshot predict {DENSE}",

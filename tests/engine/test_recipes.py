@@ -163,6 +163,8 @@ OURS = [
     ("photos", "--task finetune", PHOTOS | dict(steps=24, rate=4e-3, warmup=0.2, crop=(0.08, 1.0), layer_decay=0.8)),
     ("photos", "--task linear", LINEAR),
     ("fashion-mnist", "", SMALL | dict(epochs=16, rate=4e-3, crop=0, clip=1.0)),
+    ("fashion-mnist", "--task supervised --arch vit_micro7", SMALL | dict(epochs=24, rate=4e-3, crop=1, clip=1.0,
+                                                                          img_size=(28, 28))),
     ("fashion-mnist", "--task mpp", SMALL | dict(epochs=16, rate=4e-3, crop=(0.5, 1.0))),
     ("fashion-mnist", "--task mae", MASKED_SMALL | dict(epochs=16, rate=4e-3, crop=(0.5, 1.0))),
     ("fashion-mnist", "--task hpm", MASKED_SMALL | dict(epochs=16, rate=4e-3, crop=(0.5, 1.0), clip=5.0)),
