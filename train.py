@@ -1,7 +1,7 @@
 """Train: one loop for every task.
 
     python train.py --arch vit_b16                              ViT-B/16 on photographs, nothing to download
-    python train.py --arch vit_micro4 --data fashion-mnist      a small ViT, to the end, on a laptop
+    python train.py --arch vit_micro7 --data fashion-mnist      a small ViT, to the end, on a laptop
     python train.py --task hpm --arch vit_micro4 --data fashion-mnist
     python train.py --task linear --arch vit_micro4 --data fashion-mnist --init runs/hpm-…/last.pt
     python train.py --task predict --init runs/finetune-… --images holiday/
