@@ -67,14 +67,9 @@ def pair(text):
 def crop(text):
     """A pad, 2, or two shares, 0.2,1."""
     try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        low, high = numbers(text)
-    except ValueError:
+        return pair(text) if "," in text else int(text)
+    except (ValueError, argparse.ArgumentTypeError):
         raise argparse.ArgumentTypeError(f"{text!r} is no crop; give a pad, as 2, or two shares, as 0.2,1") from None
-    return low, high
 
 
 def gelu(text):
@@ -137,9 +132,9 @@ class Config:
     out: str | None = flag("DIR", "run folder; default runs/TASK-ARCH-DATA", path, saved=False)
     overwrite: bool = flag("", "replace the run that is in --out", bool, None, WITH_DATA, saved=False)
     resume: bool = flag("", "go on with the run that is in --out", bool, None, WITH_DATA, saved=False)
-    img_size: tuple[int, int] = flag("PX", "224, or HxW: 192x256; default 224, vit_micro: the data's own", image_size,
-                                     Range(lambda v: 1 <= min(v) <= max(v) <= 4096,
-                                           "one size up to 4096 pixels, or two, as 192x256"))
+    img_size: tuple[int, int] = flag(
+        "PX", "224, or HxW: 192x256; default the data's own if it has patches enough, else 224", image_size,
+        Range(lambda v: 1 <= min(v) <= max(v) <= 4096, "one size up to 4096 pixels, or two, as 192x256"))
     epochs: float | None = flag("N", "length of the run in epochs …", float,
                                 Range(lambda v: 0 < v <= 10**6, "a number above 0, at most 10^6"), TRAINED)
     steps: int = flag("N", "… or in steps; with --resume another length", int, COUNT, TRAINED)
