@@ -16,7 +16,7 @@ import hpm
 import train
 import vit
 from engine import config as flags
-from engine import distributed, files
+from engine import distributed, files, scenes
 from tests.engine.runs import MICRO, run, settings, small_photos, write_images
 
 
@@ -69,7 +69,11 @@ def test_help_fits_one_screen_and_names_every_flag(capsys, monkeypatch):
     ("command", "size"),
     [
         ("--data fashion-mnist --arch vit_micro4", (28, 28)),
+        ("--data fashion-mnist --arch vit_micro7", (28, 28)),
         ("--data fashion-mnist --arch vit_b16", (224, 224)),
+        ("--data scenes --arch vit_b8", (64, 64)),
+        ("--data scenes --arch vit_b16", (224, 224)),
+        ("--data scenes-many --arch vit_b16", (224, 224)),
         ("--data cifar10 --arch vit_micro4", (32, 32)),
         ("--arch vit_micro4", (32, 32)),
         ("--arch vit_b16", (224, 224)),
@@ -80,7 +84,8 @@ def test_help_fits_one_screen_and_names_every_flag(capsys, monkeypatch):
     ],
 )
 def test_the_image_size_is_the_datas_own_or_224_or_what_is_given(command, size, small, monkeypatch):
-    """A vit_micro4 takes small images as they are; of 28 pixels larger patches would be too few."""
+    """Seven patches a side are enough, six are not; of vit_micro7's, which are made for 28 pixels, four are."""
+    monkeypatch.setattr(scenes, "load", lambda path, size, many: small_photos()._replace(name="scenes"))
     monkeypatch.setattr(data, "fashion_mnist", lambda path: small_photos()._replace(name="fashion-mnist"))
     monkeypatch.setattr(data, "cifar", lambda name, path: small_photos()._replace(name=name))
     assert settings(command)[0].img_size == size
